@@ -1,0 +1,34 @@
+"""Hook points: where a model lets its tensors be read and edited, and how a person asks for it.
+
+- `points`: `HookPoint`, the place itself, and `HookSpec`, what it declares
+- `registry`: `HookRegistry`, which a model fills, and tables of it
+- `resolve`: from a name, a glob, a sequence or a predicate to the points meant
+- `cache`: `ActivationCache`, one run's tensors joined over ticks and writes
+- `hooked`: `Hooked`, the mixin with `hooks`, `run_with_hooks`, `run_with_cache`
+
+The words and signatures are TransformerLens's.
+"""
+
+from hopeprobe.hooks.cache import ActivationCache
+from hopeprobe.hooks.hooked import HookContext, Hooked, HookNeverFiredError
+from hopeprobe.hooks.points import HookFn, HookHandle, HookPoint, HookSpec, inner_backward
+from hopeprobe.hooks.registry import HookRegistry, HookRow, describe, markdown_table
+from hopeprobe.hooks.resolve import Selector, resolve
+
+__all__ = [
+    "ActivationCache",
+    "HookContext",
+    "HookFn",
+    "HookHandle",
+    "HookNeverFiredError",
+    "HookPoint",
+    "HookRegistry",
+    "HookRow",
+    "HookSpec",
+    "Hooked",
+    "Selector",
+    "describe",
+    "inner_backward",
+    "markdown_table",
+    "resolve",
+]
