@@ -1,0 +1,38 @@
+"""hopeprobe: mechanistic analysis of self-modifying memories, with a null beside every number.
+
+`hopeprobe.load(path)` opens a checkpoint as a `Subject`; `hopeprobe.analyze(subject, probes=[...])` measures it. Names load
+when first used: `import hopeprobe` alone imports neither torch nor pandas.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hopeprobe.results import Results
+    from hopeprobe.subject import Subject, load
+
+try:
+    __version__ = version("hopeprobe")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "unknown"
+
+_WHERE = {
+    "Results": "hopeprobe.results",
+    "Subject": "hopeprobe.subject",
+    "load": "hopeprobe.subject",
+}
+
+__all__ = ["Results", "Subject", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'hopeprobe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

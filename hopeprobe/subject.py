@@ -1,0 +1,162 @@
+"""The contract between probes and models, and how a checkpoint file becomes something that can be probed.
+
+A loader is registered under the entry-point group `hopeprobe.subjects`; it gets a path and returns a `Subject`, or None when
+the file is not of its kind. Our own model registers there like any other. What a model cannot do it leaves alone: the
+default raises `MissingCapability`, and a probe that needs it answers `n/a`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hopeprobe.errors import BadInputError, MeasurementError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hopeprobe.hooks import Hooked
+
+LOADER_GROUP = "hopeprobe.subjects"
+
+
+class MissingCapability(MeasurementError):  # noqa: N818 - not a failure: the model simply has no such thing
+    """The model cannot do what a probe needs; the probe answers `n/a` with this message."""
+
+
+class WindowLosses(NamedTuple):
+    """Scored windows."""
+
+    losses: Tensor  # (B, T) nats; 0 where not scored
+    scored: Tensor  # (B, T) bool
+    state: Any  # the streams' state after the windows
+
+
+class Subject:
+    """A model at one checkpoint. Adapters for foreign models subclass this and define what they can.
+
+    Attributes:
+        module: the model, with its hook points (`module.hook_dict`).
+        name: how the checkpoint is called in tables: the file's name, as a rule.
+        path: the file, None for a model that never was one.
+        tokenizer: name of the tokenizer its vocabulary belongs to.
+        vocab_size: number of tokens the model scores.
+        context: tokens of one window in training.
+        tick: tokens of one step.
+        step: optimiser steps behind these weights, None where the file does not say.
+        seed: of the initial weights, None where the file does not say.
+        dtype: of the weights, for instance "float32".
+    """
+
+    module: Hooked
+    name: str
+    path: Path | None = None
+    tokenizer: str = "gpt2"
+    vocab_size: int
+    context: int
+    tick: int
+    step: int | None = None
+    seed: int | None = None
+    dtype: str = "float32"
+
+    def _missing(self, what: str) -> MissingCapability:
+        return MissingCapability(f"{self.name}: this model has no {what}")
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def run(self, tokens: Tensor, lengths: Tensor | None = None) -> WindowLosses:
+        """Score windows (B, T + 1) from a fresh state, hooks firing, without an outer gradient."""
+        raise self._missing("windows to score")
+
+    def init_state(self, batch: int) -> Any:
+        """A fresh state of `batch` streams."""
+        raise self._missing("state")
+
+    def step_once(self, state: Any, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, Any]:
+        """One tick: tokens (B, C), next_token (B,) to losses (B, C) and the next state."""
+        raise self._missing("tick")
+
+    def loss(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of windows, a differentiable scalar."""
+        raise self._missing("differentiable loss")
+
+    # -- rows of a state ----------------------------------------------------------------------------------------
+
+    def select_rows(self, state: Any, rows: Sequence[int]) -> Any:
+        """The given rows of a state, in this order; a permutation swaps sequences."""
+        raise self._missing("rows of a state")
+
+    def reset_rows(self, state: Any, rows: Sequence[int]) -> Any:
+        """The state with the fast weights of the given rows back at their meta weights."""
+        raise self._missing("resetting of a state")
+
+    def average_rows(self, state: Any, weights: Tensor) -> Any:
+        """The state with fast weights averaged over rows: new row r is sum_s weights[r, s] of row s."""
+        raise self._missing("averaging of states")
+
+    # -- what the model is made of -------------------------------------------------------------------------------
+
+    def write_periods(self) -> Mapping[str, int]:
+        """Tokens between two writes, by mechanism (`cms.fast`, `selfmod.memory`); empty: the model never writes."""
+        raise self._missing("write periods")
+
+    def meta_weights(self) -> Mapping[str, Tensor]:
+        """For every fast-weight hook point, the meta weights its tensor started from, without the batch."""
+        raise self._missing("fast weights")
+
+    def parameter_groups(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Weights by mechanism, then by name."""
+        raise self._missing("named parameters")
+
+    def freeze_hooks(self) -> Sequence[tuple[Any, Callable[..., Any]]]:
+        """Forward hooks (selector, fn) that close every write gate: the frozen model."""
+        raise self._missing("write gates")
+
+    # -- where it comes from -------------------------------------------------------------------------------------
+
+    def identity(self) -> Mapping[str, Any]:
+        """Plain data that fixes the model's computation up to its weights: the key under which nulls are cached."""
+        raise self._missing("configuration")
+
+    def reinitialised(self, seed: int) -> Subject:
+        """The same model with fresh initial weights."""
+        raise self._missing("way to be initialised again")
+
+    def own_init(self) -> Subject:
+        """This run's own step-0 weights; raises `MissingCapability` with the reason where they cannot be had."""
+        raise self._missing("initial weights")
+
+    def siblings(self) -> Sequence[Path]:
+        """Checkpoints of the same run, by step, this one among them."""
+        raise self._missing("run")
+
+    def training(self) -> Mapping[str, Any]:
+        """How it was trained, as far as known: optimiser, learning rates, data identity, loaded and expected keys."""
+        raise self._missing("training record")
+
+
+def load(path: str | Path) -> Subject:
+    """Open a checkpoint with the first registered loader that knows its kind.
+
+    Raises `BadInputError` when there is no such file, it is damaged, or no loader knows it.
+    """
+    file = Path(path)
+    if file.is_dir():
+        inside = sorted(p.name for p in file.glob("*.pt"))
+        hint = f"name one of its checkpoints, for instance {file / inside[-1]}" if inside else "it holds no .pt file"
+        raise BadInputError(f"{file} is a folder; {hint}")
+    if not file.exists():
+        near = sorted(p.name for p in file.parent.glob(f"*{file.suffix}"))[:5] if file.parent.is_dir() else []
+        hint = f"; in {file.parent} there are: {', '.join(near)}" if near else ""
+        raise BadInputError(f"{file} does not exist{hint}")
+    tried = []
+    for entry in entry_points(group=LOADER_GROUP):
+        loader: Callable[[Path], Subject | None] = entry.load()
+        subject = loader(file)
+        if subject is not None:
+            return subject
+        tried.append(entry.name)
+    known = f"known kinds: {', '.join(tried)}" if tried else "no loader is installed"
+    raise BadInputError(f"{file} is not a checkpoint that can be read ({known})")

@@ -1,0 +1,205 @@
+"""Checkpoints: one versioned file, written atomically, read strictly.
+
+Layout (format "hopeprobe-hope", version 1): plain data and tensors only, so that `torch.load(weights_only=True)` reads it
+and code hidden in a foreign file is never executed. Early checkpoints carry weights alone; those a run can resume from
+carry the optimiser and generator states as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.model.config import ModelConfig, from_dict
+from hopeprobe.model.hope import HopeModel
+from hopeprobe.model.init import digest
+
+FORMAT = "hopeprobe-hope"
+VERSION = 1
+#: What `torch.compile` and DistributedDataParallel put before every key; nothing else is guessed.
+_PREFIXES = ("_orig_mod.", "module.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds."""
+
+    config: ModelConfig
+    seed: int
+    step: int
+    weights: dict[str, Tensor]
+    init_digest: str  # of the run's step-0 weights
+    tokenizer: str
+    data: dict[str, Any] = field(default_factory=dict)  # identity of the training data
+    train: dict[str, Any] = field(default_factory=dict)  # the training configuration
+    optimizer: dict[str, Any] | None = None
+    generators: dict[str, Tensor] | None = None
+
+    def to_model(self) -> HopeModel:
+        """Build the model with these weights; raises `BadInputError` for a missing, unexpected or reshaped key."""
+        dtype = next(iter(self.weights.values())).dtype
+        model = HopeModel(self.config, None, dtype)
+        model.seed = self.seed
+        check_keys(model.state_dict(), self.weights)
+        model.load_state_dict(self.weights)
+        return model
+
+
+def step_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies: `DIR/step-000200.pt`."""
+    return folder / f"step-{step:06d}.pt"
+
+
+def run_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a run, by step."""
+    return sorted(folder.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*.pt"), key=lambda p: int(p.stem.split("-")[1]))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write the whole file or nothing; `BadInputError` names the file when the disk refuses."""
+    handle, name = -1, ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # noqa: S103 - mkstemp's 0600 would hide a result from the group it is shared with
+        os.replace(name, path)
+    except OSError as error:
+        if name and os.path.exists(name):
+            os.unlink(name)
+        raise BadInputError(
+            f"cannot write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing was left behind. "
+            "Free some space or choose another --out"
+        ) from None
+    except BaseException:  # an interrupt between the two: the half-written file goes too
+        if name and os.path.exists(name):
+            os.unlink(name)
+        raise
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically."""
+    content = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint)}
+    content |= {"format": FORMAT, "version": VERSION, "config": checkpoint.config.to_dict()}
+    content["weights"] = {k: v.detach().cpu() for k, v in checkpoint.weights.items()}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read(path: Path) -> Checkpoint | None:
+    """Read a checkpoint; None when it is a readable file of another kind.
+
+    Raises `BadInputError` for a file that is damaged, holds code, is of a newer version, or does not fit its own config.
+    """
+    content = _load_plain(path)
+    if not isinstance(content, Mapping) or content.get("format") != FORMAT:
+        return None
+    if content.get("version") != VERSION:
+        raise BadInputError(
+            f"{path} has checkpoint version {content.get('version')}, this hopeprobe reads {VERSION}: update hopeprobe"
+        )
+    names = [f.name for f in dataclasses.fields(Checkpoint)]
+    unknown = [k for k in content if k not in (*names, "format", "version")]
+    missing = [k for k in names if k not in content]
+    if unknown or missing:
+        raise BadInputError(
+            f"{path} does not have the fields of a checkpoint: "
+            + "; ".join(([f"missing {', '.join(missing)}"] if missing else [])
+                        + [f"unexpected {k!r}{near_names(k, names)}" for k in unknown])
+        )  # fmt: skip
+    try:
+        values = {name: content[name] for name in names}
+        values["config"] = from_dict(ModelConfig, content["config"])
+        values["weights"] = _without_prefix(content["weights"])
+        checkpoint = Checkpoint(**values)
+        check_keys(HopeModel.shapes(checkpoint.config), checkpoint.weights)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from None
+    return checkpoint
+
+
+def _load_plain(path: Path) -> object:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror or error}") from None
+    if size == 0:
+        raise BadInputError(f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the formats that foreign files come in
+            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged or foreign file, each means the same
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
+            raise BadInputError(
+                f"{path} is a pickle that wants to run code when it is opened; it was refused and nothing was executed. "
+                "hopeprobe reads plain tensors and data only: save a state dict"
+            ) from None
+        if magic[:2] == b"PK":
+            raise BadInputError(
+                f"{path} is damaged: it begins like a checkpoint but cannot be read to its end ({size} bytes). "
+                "It was cut off or changed; take another checkpoint of the run"
+            ) from None
+        raise BadInputError(f"{path} is not a checkpoint: neither a torch file nor anything else that is known here") from None
+
+
+def _without_prefix(weights: object) -> dict[str, Tensor]:
+    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise BadInputError("its weights are not a mapping from names to tensors")
+    named = dict(weights)
+    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in named)), None):
+        named = {k[len(prefix) :]: v for k, v in named.items()}
+    return named
+
+
+def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes strictly; one `BadInputError` names what differs, with near names."""
+    missing = [k for k in expected if k not in given]
+    unexpected = [k for k in given if k not in expected]
+    reshaped = [k for k in expected if k in given and expected[k].shape != given[k].shape]
+    parts = []
+    if missing:
+        parts.append(f"missing weights: {_some(missing)}")
+    if unexpected:
+        parts.append(f"unexpected weights: {_some(unexpected)}{near_names(unexpected[0], missing or list(expected))}")
+    if reshaped:
+        k = reshaped[0]
+        parts.append(f"{k} has shape {tuple(given[k].shape)}, expected {tuple(expected[k].shape)}"
+                     + (f" (and {len(reshaped) - 1} more)" if len(reshaped) > 1 else ""))  # fmt: skip
+    if not parts:
+        wrong = [k for k, v in given.items() if not v.is_floating_point()]
+        if wrong:
+            parts.append(f"{_some(wrong)} are not floating point")
+        elif len({v.dtype for v in given.values()}) > 1:
+            parts.append(f"weights of several dtypes: {', '.join(sorted({str(v.dtype) for v in given.values()}))}")
+    if parts:
+        raise BadInputError("the weights do not fit the configuration: " + "; ".join(parts))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def initial_model(checkpoint: Checkpoint) -> HopeModel | None:
+    """The run's step-0 model rebuilt from config and seed, or None when its digest is not the stored one."""
+    dtype = next(iter(checkpoint.weights.values())).dtype
+    model = HopeModel(checkpoint.config, checkpoint.seed, dtype)
+    return model if digest(model.state_dict().items()) == checkpoint.init_digest else None

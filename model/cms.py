@@ -1,0 +1,149 @@
+"""The CMS: MLP levels written at different periods by the task's own gradient, combined by gates or in a chain.
+
+Level l: out = in + delta, delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out. Every p_l tokens
+Delta_l <- Delta_l - (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices. `gated` mixes the levels'
+outputs with learned per-token weights (the study's description); `chain` feeds level after level ("Nested Learning",
+arXiv 2512.24695, Eq. 70).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
+from hopeprobe.model.config import CMSLevel, ModelConfig
+from hopeprobe.model.state import LevelState
+
+
+@dataclass
+class Tap:
+    """Where a level's inner gradient is taken, and the factors that turn it into gradients of its matrices."""
+
+    layer: int
+    level: int
+    pre: Tensor  # (B, C, h): W_in LayerNorm(in) + b_in, in the graph
+    delta: Tensor  # (B, C, d): before its hook, in the graph
+    input: Tensor  # (B, C, d): LayerNorm(in), detached
+    hidden: Tensor  # (B, C, h): gelu(pre), detached
+
+
+def _tappable(x: Tensor) -> Tensor:
+    """A tensor whose gradient can be asked for: where nothing upstream needs one, it becomes a leaf that does."""
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+
+
+def _shown(point: HookPoint, meta: Tensor, difference: Tensor) -> Tensor:
+    """Show meta + difference to a hook; only an edit may change the difference, by so much as a rounding."""
+    if not point.active:
+        return difference
+    full = meta + difference
+    edited = point(full)
+    return difference if edited is full else edited - meta
+
+
+class Level(nn.Module):
+    """One level's meta weights, and how it reads and writes."""
+
+    def __init__(self, config: ModelConfig, spec: CMSLevel, registry: HookRegistry, prefix: str) -> None:
+        super().__init__()
+        self.spec = spec
+        d, h = config.dim, config.dim * config.cms_multiplier
+        self.norm = nn.LayerNorm(d)
+        self.w_in = nn.Parameter(torch.empty(h, d))
+        self.b_in = nn.Parameter(torch.empty(h))
+        self.w_out = nn.Parameter(torch.empty(d, h))
+        self.b_out = nn.Parameter(torch.empty(d))
+
+        def point(name: str, dims: str, equation: str, cadence: str = "tick") -> HookPoint:
+            return registry.add(f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, True, equation))  # type: ignore[arg-type]
+
+        self.hook_in = point("hook_in", "batch pos d_model", "in: the residual stream (gated) or the level before (chain)")
+        self.hook_delta = point("hook_delta", "batch pos d_model", "delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out")
+        self.hook_out = point("hook_out", "batch pos d_model", "out = in + delta")
+        rule = f"every {spec.period} tokens: Delta <- Delta - (lr/{spec.period}) sum_t g_t dCE_t/dW"
+        self.hook_write_gate = point("hook_write_gate", "batch pos", "g: 0 drops the token's own dCE_t")
+        self.hook_fast_in = point("hook_fast_in", "batch d_hidden d_model", f"W_in + Delta_in; {rule}", "write")
+        self.hook_fast_out = point("hook_fast_out", "batch d_model d_hidden", f"W_out + Delta_out; {rule}", "write")
+
+    def init_state(self, batch: int) -> LevelState:
+        """Fresh state: no difference to the meta weights, nothing accumulated."""
+        h, d = self.w_in.shape
+        zeros = self.w_in.new_zeros
+        empty = zeros(batch, 0, h), zeros(batch, 0, d), zeros(batch, 0, d), zeros(batch, 0, h)
+        return LevelState(zeros(batch, h, d), zeros(batch, d, h), *empty)
+
+    def read(self, x: Tensor, state: LevelState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Read (B, C, d): the level's output, and pre-activation, delta, normalised input, activation for its tap."""
+        x = self.hook_in(x)
+        normed = self.norm(x)
+        pre = _tappable(F.linear(normed, self.w_in, self.b_in) + normed @ state.w_in.mT)
+        hidden = F.gelu(pre)
+        delta = _tappable(F.linear(hidden, self.w_out, self.b_out) + hidden @ state.w_out.mT)
+        return self.hook_out(x + self.hook_delta(delta)), pre, delta, normed, hidden
+
+    def write(self, state: LevelState, tap: Tap, grad_pre: Tensor, grad_delta: Tensor, end: int, donated: bool = False) -> LevelState:
+        """Accumulate a tick's gated gradients; apply them when the position `end` completes a period.
+
+        `donated` says that nobody needs `state` any more: it may be overwritten.
+        """
+        fresh = (grad_pre, tap.input, grad_delta, tap.hidden)
+        held = (state.grad_hidden, state.input, state.grad_delta, state.hidden)
+        factors = fresh if held[0].shape[1] == 0 else tuple(torch.cat(p, 1) for p in zip(held, fresh, strict=True))
+        if end % self.spec.period:
+            return LevelState(state.w_in, state.w_out, *factors)
+        step = -self.spec.learning_rate / self.spec.period
+        add = torch.Tensor.baddbmm_ if donated else torch.baddbmm
+        w_in = add(state.w_in, factors[0].mT, factors[1], alpha=step)
+        w_out = add(state.w_out, factors[2].mT, factors[3], alpha=step)
+        w_in = _shown(self.hook_fast_in, self.w_in.detach(), w_in)
+        w_out = _shown(self.hook_fast_out, self.w_out.detach(), w_out)
+        return LevelState(w_in, w_out, *(f[:, :0] for f in factors))
+
+
+class CMS(nn.Module):
+    """All levels of one block and their combination."""
+
+    def __init__(self, config: ModelConfig, layer: int, registry: HookRegistry) -> None:
+        super().__init__()
+        self.layer = layer
+        self.chain = config.cms_mode == "chain"
+        prefix = f"blocks.{layer}.cms"
+        self.levels = nn.ModuleDict(
+            {spec.name: Level(config, spec, registry, f"{prefix}.{spec.name}") for spec in config.cms_levels}
+        )
+        n = len(self.levels)
+        self.mix_weight = None if self.chain else nn.Parameter(torch.empty(n, config.dim))
+        self.mix_bias = None if self.chain else nn.Parameter(torch.empty(n))
+        self.hook_mix: HookPoint | None = None
+        if not self.chain:
+            spec = HookSpec(("batch", "pos", "level"), "tick", True, "mix = softmax(W_mix LayerNorm(in) + b_mix), sums to 1")
+            self.hook_mix = registry.add(f"{prefix}.hook_mix", spec)
+        rule = "out of the last level" if self.chain else "sum_l mix_l out_l"
+        self.hook_out = registry.add(f"{prefix}.hook_out", HookSpec(("batch", "pos", "d_model"), "tick", True, rule))
+
+    def level_list(self) -> list[Level]:
+        """Levels in the order of the configuration."""
+        return [level for level in self.levels.values() if isinstance(level, Level)]
+
+    def read(self, x: Tensor, states: tuple[LevelState, ...]) -> tuple[Tensor, list[Tap]]:
+        """Read a tick (B, C, d): the output, and one tap a level."""
+        taps, outs = [], []
+        current = x
+        for i, (level, state) in enumerate(zip(self.level_list(), states, strict=True)):
+            out, pre, delta, normed, hidden = level.read(current, state)
+            taps.append(Tap(self.layer, i, pre, delta, normed.detach(), hidden.detach()))
+            outs.append(out)
+            if self.chain:
+                current = out
+        if self.mix_weight is None or self.hook_mix is None:
+            return self.hook_out(outs[-1]), taps
+        plain = F.layer_norm(x, x.shape[-1:])
+        mix = self.hook_mix(torch.softmax(F.linear(plain, self.mix_weight, self.mix_bias), dim=-1))
+        mixed = outs[0] * mix[..., :1]
+        for i, out in enumerate(outs[1:], start=1):
+            mixed = mixed + out * mix[..., i : i + 1]
+        return self.hook_out(mixed), taps

@@ -1,0 +1,198 @@
+"""Configuration of the model: one frozen dataclass, its presets, and the public reproduction's rule as `published()`.
+
+A configuration is plain data: `to_dict` and `from_dict` round-trip through a checkpoint, and an unknown key is an error
+that names its nearest neighbour, never a value silently dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from hopeprobe.errors import BadInputError, near_names
+
+Variant = Literal["full", "transformer"]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+
+#: The six memories of a self-modifying layer, in the order their fast weights are stacked: those with vector output
+#: first; `memory`, which answers the query, and `q`, which asks it, ahead of the four that only serve writing.
+MEMORIES = ("memory", "q", "k", "v", "eta", "alpha")
+SCALAR_MEMORIES = ("eta", "alpha")
+
+_T = TypeVar("_T")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        hint = near_names(str(value), allowed)
+        raise BadInputError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}{hint}")
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise BadInputError(f"{name} is {value!r}, must be above zero")
+
+
+@dataclass(frozen=True)
+class CMSLevel:
+    """One level of the CMS: its name, how many tokens pass between two writes, and the step of a write."""
+
+    name: str
+    period: int  # tokens, > 0
+    learning_rate: float = 0.1  # lr_l of equations: applied to the mean gradient of one period, >= 0
+
+    def __post_init__(self) -> None:
+        _check_positive(period=self.period)
+        if not self.name.isidentifier():
+            raise BadInputError(f"CMS level name {self.name!r} must be a word (it becomes part of hook names)")
+        if not self.learning_rate >= 0:
+            raise BadInputError(f"learning_rate of CMS level {self.name!r} is {self.learning_rate!r}, must be >= 0")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the computation of a model; the weights follow from it and a seed.
+
+    Defaults are the parametrisation of the design (section 3); `published()` switches to the rule of the public
+    reproduction. Raises `BadInputError` for values that cannot work.
+    """
+
+    variant: Variant = "full"
+    vocab_size: int = 50257
+    dim: int = 256  # d, width of the residual stream
+    layers: int = 6
+    context: int = 512  # tokens of one training window
+
+    # Self-modifying memories
+    chunk: int = 8  # tokens between writes of all memories but `memory`
+    chunk_memory: int = 8  # tokens between writes of `memory`
+    conv_width: int = 4  # causal depthwise convolution ahead of the memories
+    query: Literal["memory", "static"] = "memory"  # q from a self-modifying memory or from a static map
+    normalise_value: bool = True  # l2-normalise v and the self-generated target
+    objective: Literal["half-l2", "l2", "dot"] = "half-l2"
+    eta_squash: Literal["sigmoid", "softplus"] = "sigmoid"
+    eta_max: float = 1.0
+    eta_bias: float | None = -3.0  # initial value of a slow parameter; None: no such parameter
+    alpha_bias: float | None = 6.0  # likewise; sigmoid(6) retains 0.9975 a token
+    decay_target: Literal["init", "zero"] = "init"  # what fast weights decay towards: the meta weights or zero
+    proximal: bool = True  # divide the W1 step by 1 + eta |a|^2
+    write_grad: Literal["through", "stop"] = "through"  # does the outer gradient flow through writes
+    truncate_ticks: int = 0  # cut the outer gradient every so many ticks; 0: never
+
+    # CMS
+    cms_levels: tuple[CMSLevel, ...] = (CMSLevel("fast", 8), CMSLevel("slow", 32))
+    cms_mode: Literal["gated", "chain"] = "gated"
+    cms_multiplier: int = 4  # hidden width of a level, in units of d
+
+    # Gate, embedding, blocks
+    surprise_threshold: float = 0.02  # tau in nats: a token is written when its cross-entropy exceeds it
+    embed_std: float = 0.02
+    residual: bool = True  # pre-norm residual blocks; False: the bare composition of the public reproduction
+    heads: int = 4  # attention heads, `transformer` only
+    mlp_multiplier: int = 4  # hidden width of the MLP, `transformer` only
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self,
+            "cms_levels",
+            tuple(lv if isinstance(lv, CMSLevel) else from_dict(CMSLevel, lv) for lv in self.cms_levels),
+        )
+        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("query", self.query, ("memory", "static"))
+        _check_choice("objective", self.objective, ("half-l2", "l2", "dot"))
+        _check_choice("eta_squash", self.eta_squash, ("sigmoid", "softplus"))
+        _check_choice("decay_target", self.decay_target, ("init", "zero"))
+        _check_choice("write_grad", self.write_grad, ("through", "stop"))
+        _check_choice("cms_mode", self.cms_mode, ("gated", "chain"))
+        _check_positive(
+            vocab_size=self.vocab_size, dim=self.dim, layers=self.layers, context=self.context, chunk=self.chunk,
+            chunk_memory=self.chunk_memory, conv_width=self.conv_width, eta_max=self.eta_max,
+            cms_multiplier=self.cms_multiplier, embed_std=self.embed_std, heads=self.heads,
+            mlp_multiplier=self.mlp_multiplier,
+        )  # fmt: skip
+        if self.truncate_ticks < 0:
+            raise BadInputError(f"truncate_ticks is {self.truncate_ticks}, must be 0 (never) or more")
+        if self.variant == "full" and not self.cms_levels:
+            raise BadInputError("variant 'full' needs at least one CMS level")
+        names = [lv.name for lv in self.cms_levels]
+        if len(set(names)) != len(names):
+            raise BadInputError(f"CMS level names repeat: {', '.join(names)}")
+        if self.variant == "transformer" and self.dim % (2 * self.heads):
+            raise BadInputError(f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})")
+
+    @property
+    def writes(self) -> bool:
+        """Does anything in this model write while it reads."""
+        return self.variant == "full"
+
+    @property
+    def tick(self) -> int:
+        """C: the greatest common divisor of all write periods; the whole context where nothing writes."""
+        if not self.writes:
+            return self.context
+        return math.gcd(self.chunk, self.chunk_memory, *(lv.period for lv in self.cms_levels))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        return dataclasses.asdict(self)
+
+
+def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:
+    """Build a configuration dataclass from plain data; an unknown key raises `BadInputError` with near names."""
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise BadInputError(f"unknown key {key!r} in {cls.__name__}{near_names(key, known)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise BadInputError(f"{cls.__name__} cannot be built from {values!r}: {error}") from None
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(dim=64, layers=2, context=128, heads=2),
+    "small": ModelConfig(dim=256, layers=6, context=512, heads=4),
+    "scaled": ModelConfig(dim=512, layers=8, context=512, heads=8),
+}
+
+#: AdamW's learning rate where a preset wants another than the study's 3e-4.
+PRESET_LEARNING_RATE = {"tiny": 3e-3}
+
+
+def preset(name: str, variant: str = "full") -> ModelConfig:
+    """The configuration of a preset in a variant; `BadInputError` offers near names for an unknown one."""
+    _check_choice("preset", name, tuple(PRESETS))
+    _check_choice("variant", variant, VARIANTS)
+    return dataclasses.replace(PRESETS[name], variant=variant)  # type: ignore[arg-type]
+
+
+def published(config: ModelConfig) -> ModelConfig:
+    """The same sizes under the rule of the public reproduction (`nested-learning` 0.2.0, block `hope_selfmod`).
+
+    Static W_q, v and its target not normalised, objective |.|^2 with its factor 2, eta = 1e-3 softplus, alpha without a
+    bias, decay to zero, N(0, 1) tied embeddings, no residual stream, chain CMS, chunks 8 and 64, writes outside the
+    outer gradient. It collapses: see `reference/equations.md`, "What the published rule does".
+    """
+    return dataclasses.replace(
+        config,
+        query="static",
+        normalise_value=False,
+        objective="l2",
+        eta_squash="softplus",
+        eta_max=1e-3,
+        eta_bias=None,
+        alpha_bias=None,
+        decay_target="zero",
+        proximal=False,
+        embed_std=1.0,
+        residual=False,
+        cms_mode="chain",
+        chunk=8,
+        chunk_memory=64,
+        write_grad="stop",
+    )

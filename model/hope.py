@@ -1,0 +1,381 @@
+"""The model: one primitive, `step`, that training, streaming evaluation, probing and generation all call.
+
+A tick reads all layers with fast weights frozen as they stand, scores its tokens, derives the gate, and writes (design,
+section 3). `reference.py` holds the same mathematics token by token; parity tests tie the two.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopeprobe.errors import BadInputError
+from hopeprobe.hooks import Hooked, HookRegistry, HookSpec, inner_backward
+from hopeprobe.model.attention import MLP, Attention
+from hopeprobe.model.cms import CMS, Tap
+from hopeprobe.model.config import ModelConfig
+from hopeprobe.model.gate import surprise_gate
+from hopeprobe.model.init import initialise
+from hopeprobe.model.loss import NO_TARGET, differentiable, score
+from hopeprobe.model.selfmod import Generated, SelfMod, Weights
+from hopeprobe.model.state import LayerState, State, detach_state
+
+
+class Output(NamedTuple):
+    """What a window gives."""
+
+    losses: Tensor  # (B, T) nats, 0 where not scored
+    scored: Tensor  # (B, T) bool: the token has a target
+    state: State
+
+
+class _Made(NamedTuple):
+    """What one layer's reading leaves for its write."""
+
+    generated: Generated | None
+    taps: list[Tap]
+
+
+class _Tick(NamedTuple):
+    final: Tensor  # (B, C, d): what the head reads
+    losses: Tensor  # (B, C), outside the graph
+    grads: Tensor  # (B, C, d): dCE_t/d final_t, outside the graph
+    state: State
+
+
+_Prepared = tuple[tuple[Weights, ...] | None, ...]
+
+
+class Block(nn.Module):
+    """One pre-norm residual block: self-modification then CMS, or attention then MLP."""
+
+    def __init__(self, config: ModelConfig, index: int, registry: HookRegistry) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.dim) if config.residual else None
+        self.selfmod: SelfMod | None = None
+        self.cms: CMS | None = None
+        self.attention: Attention | None = None
+        dims = ("batch", "pos", "d_model")
+        prefix = f"blocks.{index}"
+        self.hook_pre = registry.add(f"{prefix}.hook_resid_pre", HookSpec(dims, "tick", True, "x: what enters the block"))
+        if config.writes:
+            self.selfmod = SelfMod(config, registry, f"{prefix}.selfmod")
+            mid = "x + selfmod(LayerNorm(x))" if config.residual else "selfmod(x)"
+        else:
+            self.attention = Attention(config)
+            mid = "x + attention(LayerNorm(x))"
+        self.hook_mid = registry.add(f"{prefix}.hook_resid_mid", HookSpec(dims, "tick", True, mid))
+        if config.writes:
+            self.cms = CMS(config, index, registry)
+            post = "cms(resid_mid), whose levels each add to their input"
+        else:
+            self.mlp_norm = nn.LayerNorm(config.dim)
+            self.mlp = MLP(config)
+            post = "resid_mid + mlp(LayerNorm(resid_mid))"
+        self.hook_post = registry.add(f"{prefix}.hook_resid_post", HookSpec(dims, "tick", True, post))
+
+    def init_state(self, batch: int) -> LayerState:
+        """Fresh state of this block."""
+        return LayerState(
+            self.selfmod.init_state(batch) if self.selfmod else None,
+            tuple(level.init_state(batch) for level in self.cms.level_list()) if self.cms else (),
+            self.attention.init_state(batch) if self.attention else None,
+        )
+
+    def read(
+        self, x: Tensor, weights: tuple[Weights, ...] | None, state: LayerState, position: int, outer: bool = True
+    ) -> tuple[Tensor, _Made, LayerState]:
+        """Read a tick; the state returned differs only in what reading itself moves (attention's cache)."""
+        x = self.hook_pre(x)
+        normed = x if self.norm is None else self.norm(x)
+        if self.attention is not None and state.attention is not None:
+            mixed, seen = self.attention.read(normed, state.attention, position)
+            x = self.hook_mid(x + mixed)
+            x = self.hook_post(x + self.mlp(self.mlp_norm(x)))
+            return x, _Made(None, []), state._replace(attention=seen)
+        selfmod, cms = cast(SelfMod, self.selfmod), cast(CMS, self.cms)
+        if state.selfmod is None or weights is None:
+            raise BadInputError("the state was made by another variant: it has no self-modifying memories")
+        out, generated = selfmod.read(normed, weights, state.selfmod, outer)
+        x = self.hook_mid(x + out if self.config.residual else out)
+        x, taps = cms.read(x, state.cms)
+        return self.hook_post(x), _Made(generated, taps), state
+
+
+class HopeModel(Hooked, nn.Module):
+    """A HOPE model, or the Transformer baseline, with named hook points.
+
+    `model(tokens)` scores windows; `step`, `feed` and `finalize` stream. Weights follow from `config` and `seed` alone.
+
+    Args:
+        config: what to build.
+        seed: of the initial weights; None leaves them empty, for a caller that brings its own.
+        dtype: of weights, state and activations; float64 for exactness.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int | None = 0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        registry = HookRegistry()
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))  # (V, d), tied to the head
+        self.hook_embed = registry.add(
+            "hook_embed", HookSpec(("batch", "pos", "d_model"), "tick", True, "x_t = E[token_t]")
+        )
+        self.blocks = nn.ModuleList([Block(config, i, registry) for i in range(config.layers)])
+        self.norm = nn.LayerNorm(config.dim)
+        surprise = HookSpec(("batch", "pos"), "tick", False, "s_t = CE_t = -log p(token_{t+1}), nats")
+        self.hook_surprise = registry.add("hook_surprise", surprise)
+        if config.writes:
+            gate = HookSpec(("batch", "pos"), "tick", True, f"g_t = [s_t > {config.surprise_threshold:g}]")
+            self.hook_gate = registry.add("hook_gate", gate)
+        self._register_hooks(registry)
+        self.to(dtype)
+        if seed is not None:
+            initialise(self, config, seed)
+
+    @classmethod
+    def shapes(cls, config: ModelConfig) -> dict[str, Tensor]:
+        """Names and shapes of all weights, as tensors without memory."""
+        with torch.device("meta"):
+            return cls(config, seed=None).state_dict()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def init_state(self, batch: int) -> State:
+        """A fresh state for `batch` streams at position 0."""
+        layers = tuple(self._block(i).init_state(batch) for i in range(self.config.layers))
+        pending = torch.empty(batch, 0, dtype=torch.int64, device=self.embed.device)
+        return State(layers, pending, 0)
+
+    def _block(self, index: int) -> Block:
+        return cast(Block, self.blocks[index])
+
+    def _prepared(self) -> _Prepared:
+        blocks = [self._block(i) for i in range(self.config.layers)]
+        return tuple(b.selfmod.stacked() if b.selfmod else None for b in blocks)
+
+    # -- the primitive -------------------------------------------------------------------------------------------
+
+    def step(self, state: State, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, State]:
+        """One tick: read, score, gate, write.
+
+        Args:
+            state: of B streams.
+            tokens: (B, C) int64, C = `config.tick`.
+            next_token: (B,) int64, the token after the tick; -1 where there is none.
+
+        Returns:
+            (B, C) losses in nats, differentiable, and the state after the writes.
+        """
+        self._check_tokens(tokens)
+        if tokens.shape[1] != self.config.tick:
+            raise BadInputError(f"step takes a tick of {self.config.tick} tokens, not {tokens.shape[1]}; see feed()")
+        targets = torch.cat([tokens[:, 1:], next_token[:, None]], dim=1)
+        tick = self._tick(self._prepared(), state, F.embedding(tokens, self.embed), targets)
+        return self._differentiable([tick], targets), tick.state
+
+    def _tick(self, prepared: _Prepared, state: State, x: Tensor, targets: Tensor, donated: bool = False) -> _Tick:
+        """The primitive on embedded tokens (B, n <= C, d); a tick that is not complete is scored and not written.
+
+        `donated` says that the caller made `state` itself and needs it no more: without an outer gradient it is overwritten.
+        """
+        config = self.config
+        outer = torch.is_grad_enabled()
+        n = x.shape[1]
+        writing = config.writes and n == config.tick
+        if writing and torch.is_inference_mode_enabled():
+            raise BadInputError(
+                "CMS writes need a gradient of their own, which torch.inference_mode() forbids: use torch.no_grad()"
+            )
+        if config.truncate_ticks and (state.position // config.tick) % config.truncate_ticks == 0:
+            state = detach_state(state)
+        reading: AbstractContextManager[object] = torch.enable_grad() if writing else nullcontext()
+        with reading:
+            x = self.hook_embed(x)
+            made, layers = [], []
+            for i in range(config.layers):
+                x, left, layer = self._block(i).read(x, prepared[i], state.layers[i], state.position, outer)
+                made.append(left)
+                layers.append(layer)
+            final = self.norm(x)
+        flat, grads = score(final.detach().flatten(0, 1), self.embed, targets.flatten())
+        losses, grads = flat.view_as(targets), grads.view_as(final)
+        losses = self.hook_surprise(losses)
+        if config.writes:
+            # A row whose tick lacks a target has ended inside it: like a stream cut there, it writes nothing more.
+            gate = self.hook_gate(surprise_gate(losses, targets >= 0, config.surprise_threshold))
+            complete = (targets >= 0).all(dim=1, keepdim=True)
+            if writing:
+                layers = self._write(prepared, state, made, final, grads, gate * complete, layers, donated and not outer)
+        if not outer:
+            layers, final = list(detach_state(tuple(layers))), final.detach()
+        return _Tick(final, losses, grads, State(tuple(layers), state.pending, state.position + n))
+
+    def _write(
+        self,
+        prepared: _Prepared,
+        state: State,
+        made: list[_Made],
+        final: Tensor,
+        grads: Tensor,
+        gate: Tensor,
+        layers: list[LayerState],
+        donated: bool,
+    ) -> list[LayerState]:
+        """All writes of a tick; they change nothing that this tick still reads."""
+        through = torch.is_grad_enabled() and self.config.write_grad == "through"
+        end = state.position + gate.shape[1]
+        levels = [cast(CMS, self._block(i).cms).level_list() for i in range(len(layers))]
+        gates = [[level.hook_write_gate(gate) for level in of_block] for of_block in levels]
+        inner = self._inner_gradients(final, grads, made, gates)
+        out = []
+        for i, layer in enumerate(layers):
+            selfmod, weights, generated = self._block(i).selfmod, prepared[i], made[i].generated
+            if selfmod is None or layer.selfmod is None or weights is None or generated is None:
+                raise AssertionError("a writing model has self-modifying memories in every block")
+            with torch.set_grad_enabled(through):
+                fast = selfmod.write(weights, layer.selfmod, generated, gate, donated)
+            with torch.no_grad():
+                cms = tuple(
+                    level.write(held, tap, *inner[i][tap.level], end, donated)
+                    for level, held, tap in zip(levels[i], layer.cms, made[i].taps, strict=True)
+                )
+            out.append(layer._replace(selfmod=fast, cms=cms))
+        return out
+
+    def _inner_gradients(
+        self, final: Tensor, grads: Tensor, made: list[_Made], gates: list[list[Tensor]]
+    ) -> list[list[tuple[Tensor, Tensor]]]:
+        """d sum_t g_t CE_t / d(pre-activation, delta) of every level; one backward for each distinct gate.
+
+        Only this tick's graph is walked: state is a constant. A tensor that an edit cut out of the graph counts as a
+        constant, its gradient is zero.
+        """
+        out: list[list[tuple[Tensor, Tensor]]] = [
+            [(torch.zeros_like(tap.hidden), torch.zeros_like(tap.input)) for tap in m.taps] for m in made
+        ]
+        distinct = {id(g): g for of_block in gates for g in of_block}
+        wanted: dict[int, list[Tap]] = {key: [] for key in distinct}
+        for m in made:
+            for tap in m.taps:
+                wanted[id(gates[tap.layer][tap.level])].append(tap)
+        if not final.requires_grad:
+            return out
+        keep_graph = torch.is_grad_enabled()
+        for i, (key, taps) in enumerate(wanted.items()):
+            gate = distinct[key]
+            last = i == len(wanted) - 1
+            inputs = [t for tap in taps for t in (tap.pre, tap.delta)]
+            with inner_backward():
+                found = torch.autograd.grad(
+                    final,
+                    inputs,
+                    (gate.detach()[..., None] * grads).to(final.dtype),
+                    retain_graph=keep_graph or not last,
+                    allow_unused=True,
+                )
+            for tap, pre, delta in zip(taps, found[::2], found[1::2], strict=True):
+                zero_pre, zero_delta = out[tap.layer][tap.level]
+                out[tap.layer][tap.level] = (zero_pre if pre is None else pre, zero_delta if delta is None else delta)
+        return out
+
+    def _differentiable(self, ticks: list[_Tick], targets: Tensor) -> Tensor:
+        losses = torch.cat([t.losses for t in ticks], dim=1)
+        if not torch.is_grad_enabled():
+            return losses
+        final = torch.cat([t.final for t in ticks], dim=1)
+        grads = torch.cat([t.grads for t in ticks], dim=1)
+        flat = differentiable(final.flatten(0, 1), self.embed, losses.flatten(), grads.flatten(0, 1), targets.flatten())
+        return flat.view_as(losses)
+
+    # -- windows -------------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: Tensor, lengths: Tensor | None = None, state: State | None = None) -> Output:
+        """Score windows from a fresh state (or from `state`).
+
+        Args:
+            tokens: (B, T + 1) int64: the last is a target only.
+            lengths: (B,) int64, scored targets of each row, range 0..T; what follows is padding: it has no loss, no
+                write, no effect. None: all T.
+            state: of B streams at a multiple of the tick, nothing pending.
+
+        Returns:
+            losses (B, T), differentiable; which are scored; the state after them.
+        """
+        self._check_tokens(tokens)
+        if tokens.shape[1] < 2:
+            raise BadInputError("a window needs at least two tokens: the last is only a target")
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if lengths is not None:
+            beyond = torch.arange(inputs.shape[1], device=tokens.device) >= lengths[:, None]
+            targets = targets.masked_fill(beyond, NO_TARGET)
+        state = self.init_state(tokens.shape[0]) if state is None else state
+        if state.pending.shape[1]:
+            raise BadInputError("the state holds tokens of an unfinished tick: continue it with feed()")
+        prepared = self._prepared()
+        embedded = F.embedding(inputs, self.embed)
+        ticks = []
+        for start in range(0, inputs.shape[1], self.config.tick):
+            stop = start + self.config.tick
+            tick = self._tick(prepared, state, embedded[:, start:stop], targets[:, start:stop], donated=start > 0)
+            ticks.append(tick)
+            state = tick.state
+        return Output(self._differentiable(ticks, targets), targets >= 0, state)
+
+    # -- streams -------------------------------------------------------------------------------------------------
+
+    def feed(self, state: State, tokens: Tensor) -> tuple[Tensor, State]:
+        """Continue streams by any number of tokens (B, n).
+
+        Losses (B, m * C) appear for ticks that are complete and followed by a known token; the rest waits in
+        `state.pending`. Any split of a stream into calls gives the same losses.
+        """
+        self._check_tokens(tokens, minimum=0)
+        waiting = torch.cat([state.pending, tokens], dim=1)
+        size = self.config.tick
+        prepared = self._prepared()
+        ticks, targets = [], []
+        while waiting.shape[1] > size:
+            targets.append(waiting[:, 1 : size + 1])
+            embedded = F.embedding(waiting[:, :size], self.embed)
+            ticks.append(self._tick(prepared, state, embedded, targets[-1], donated=bool(ticks)))
+            state = ticks[-1].state
+            waiting = waiting[:, size:]
+        state = state._replace(pending=waiting)
+        if not ticks:
+            return self.embed.new_empty(tokens.shape[0], 0), state
+        return self._differentiable(ticks, torch.cat(targets, dim=1)), state
+
+    def finalize(self, state: State) -> Tensor:
+        """Losses (B, n - 1) of the n tokens still pending; the last token has no target and no loss."""
+        if state.pending.shape[1] < 2:
+            return self.embed.new_empty(state.pending.shape[0], 0)
+        targets = state.pending[:, 1:]
+        x = F.embedding(state.pending[:, :-1], self.embed)
+        return self._differentiable([self._tick(self._prepared(), state, x, targets)], targets)
+
+    def peek(self, state: State) -> Tensor:
+        """Logits (B, n, V) after each pending token, read without writing: what generation samples from."""
+        pending = state.pending
+        if not pending.shape[1]:
+            raise BadInputError("nothing is pending: feed() at least one token first")
+        x = self.hook_embed(F.embedding(pending, self.embed))
+        prepared = self._prepared()
+        for i in range(self.config.layers):
+            x = self._block(i).read(x, prepared[i], state.layers[i], state.position)[0]
+        return F.linear(self.norm(x), self.embed)
+
+    def _check_tokens(self, tokens: Tensor, minimum: int = 1) -> None:
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < minimum:
+            raise BadInputError(f"tokens must be (batch, positions) integers, not {tuple(tokens.shape)} {tokens.dtype}")
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.config.vocab_size):
+            raise BadInputError(
+                f"token ids range over {int(tokens.min())}..{int(tokens.max())}, the vocabulary over "
+                f"0..{self.config.vocab_size - 1}: is this another tokenizer's text?"
+            )

@@ -1,0 +1,81 @@
+"""Cross-entropy under a tied embedding, with the gradient of every token's own loss at hand.
+
+The inner CMS gradient needs dCE_t/dh_t before the outer backward exists, and the outer backward needs the same vector:
+it is computed once, in the forward. The table's gradient is formed from logits computed again in blocks of rows, so no
+more than a few thousand rows of the vocabulary are held at any time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Logits held at once: 2^24 float32 numbers are 64 MiB.
+_BLOCK_ELEMENTS = 2**24
+
+#: A target that is not there: padding, or the last token of a stream.
+NO_TARGET = -1
+
+
+def _blocks(n: int, vocabulary: int) -> list[slice]:
+    size = max(1, _BLOCK_ELEMENTS // vocabulary)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+@torch.no_grad()
+def score(hidden: Tensor, table: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats, and its gradient with respect to each token's own hidden vector.
+
+    CE_t = logsumexp(E h_t) - E_{y_t} h_t;  dCE_t/dh_t = E^T softmax(E h_t) - E_{y_t}.
+
+    Args:
+        hidden: (N, d).
+        table: (V, d), the tied embedding E.
+        target: (N,) int64; `NO_TARGET` gives loss 0 and gradient 0.
+
+    Returns:
+        (N,) losses and (N, d) gradients, both outside any graph.
+    """
+    losses = hidden.new_empty(hidden.shape[0])
+    grads = torch.empty_like(hidden)
+    for rows in _blocks(hidden.shape[0], table.shape[0]):
+        scored = target[rows] >= 0
+        index = target[rows].clamp_min(0)
+        logits = hidden[rows] @ table.mT
+        picked = logits.gather(1, index[:, None])[:, 0]
+        log_norm = logits.logsumexp(-1)
+        losses[rows] = torch.where(scored, log_norm - picked, 0.0)
+        probabilities = logits.sub_(log_norm[:, None]).exp_()
+        grads[rows] = torch.where(scored[:, None], probabilities @ table - table[index], 0.0)
+    return losses, grads
+
+
+class _Losses(torch.autograd.Function):
+    """Losses already computed by `score`, put into the graph of `hidden` and `table`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, losses: Tensor, grads: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, table, grads, target)
+        return losses.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, table, grads, target = ctx.saved_tensors
+        grad_hidden = upstream[:, None] * grads if ctx.needs_input_grad[0] else None
+        grad_table = None
+        if ctx.needs_input_grad[1]:
+            weight = torch.where(target >= 0, upstream, 0.0)
+            grad_table = torch.zeros_like(table)
+            for rows in _blocks(hidden.shape[0], table.shape[0]):
+                probabilities = torch.softmax(hidden[rows] @ table.mT, dim=-1)
+                grad_table.addmm_(probabilities.mT, weight[rows, None] * hidden[rows])
+            grad_table.index_add_(0, target.clamp_min(0), weight[:, None] * hidden, alpha=-1)
+        return grad_hidden, grad_table, None, None, None
+
+
+def differentiable(hidden: Tensor, table: Tensor, losses: Tensor, grads: Tensor, target: Tensor) -> Tensor:
+    """The losses of `score` as a function of `hidden` and `table`; same values, first derivatives only."""
+    return _Losses.apply(hidden, table, losses, grads, target)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,0 +1,72 @@
+"""What training watches of the model's own mechanisms, read through the same hook points that everybody has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from hopeprobe.hooks import HookPoint
+from hopeprobe.model.hope import Block, HopeModel
+from hopeprobe.model.state import State
+
+HookRequest = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
+
+#: Every write gate of every mechanism.
+WRITE_GATES = "blocks.*.hook_write_gate"
+
+
+def close(gate: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - the signature of a hook
+    """A hook that closes a write gate: the token is read and not written."""
+    return torch.zeros_like(gate)
+
+
+def freeze_hooks(model: HopeModel) -> list[HookRequest]:
+    """Hooks that stop all writes of a model; none where the model has no writes."""
+    return [(WRITE_GATES, close)] if model.config.writes else []
+
+
+class Watch:
+    """Means of the gate and of retention over the tokens of a forward pass; NaN where the model has none."""
+
+    def __init__(self, model: HopeModel) -> None:
+        self.model = model
+        self.sums: dict[str, list[Tensor]] = {"gate": [], "alpha": []}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Watch what runs inside."""
+        self.sums = {key: [] for key in self.sums}
+        if not self.model.config.writes:
+            yield
+            return
+
+        def gather(tensor: Tensor, hook: HookPoint) -> None:
+            self.sums["gate" if hook.name == "hook_gate" else "alpha"].append(tensor.detach().mean())
+
+        with self.model.hooks(fwd_hooks=[(["hook_gate", "blocks.*.selfmod.hook_alpha"], gather)]):
+            yield
+
+    def mean(self, key: str) -> float:
+        """Mean over ticks and layers."""
+        return float(torch.stack(self.sums[key]).mean()) if self.sums[key] else float("nan")
+
+
+@torch.no_grad()
+def norm_ratio(model: HopeModel, state: State) -> float:
+    """Mean over layers and sequences of |theta_fast| / |theta_meta| of all self-modifying weights; NaN without any."""
+    ratios = []
+    for i, layer in enumerate(state.layers):
+        selfmod = cast(Block, model.blocks[i]).selfmod
+        if selfmod is None or layer.selfmod is None:
+            continue
+        fast, meta = 0.0 * model.embed.new_zeros(state.pending.shape[0]), 0.0 * model.embed.new_zeros(())
+        for weights, group in zip(selfmod.stacked(), layer.selfmod.groups, strict=True):
+            for base, delta in zip(weights, group, strict=True):
+                fast = fast + (base + delta).square().flatten(1).sum(1)
+                meta = meta + base.square().sum()
+        ratios.append((fast / meta).sqrt().mean())
+    return float(torch.stack(ratios).mean()) if ratios else float("nan")

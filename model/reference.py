@@ -1,0 +1,205 @@
+"""The model as an executable reference: one sequence, one token at a time, nothing clever.
+
+Reads like the equations (design, section 3; "Nested Learning", arXiv 2512.24695, section 8). Inner gradients come from
+autograd, the delta rule is its plain recurrence, every memory has its own matrices. It is slow, meant for float64, and what
+the fast path (`hope.py`, `selfmod.py`, `cms.py`, `write.py`) is tested against. No hooks fire here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hopeprobe.model.cms import CMS
+from hopeprobe.model.config import ModelConfig
+from hopeprobe.model.hope import Block, HopeModel
+from hopeprobe.model.selfmod import Memory, SelfMod, l2norm
+
+MemoryWeights = dict[str, Tensor]  # "w1" (out, h), "w2" (h, d), and "skip" (1, d) where out is 1
+
+
+@dataclass
+class LayerTrace:
+    """Fast weights of one layer, as full matrices, and what waits to be written."""
+
+    meta: dict[str, MemoryWeights]
+    fast: dict[str, MemoryWeights]
+    waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # k, v, eta, alpha of every token so far, after the gate
+    tail: Tensor  # (width - 1, d)
+    cms_fast: list[dict[str, Tensor]]  # per level, full matrices "w_in" and "w_out", outside the graph
+    cms_sum: list[dict[str, Tensor]]  # per level, the gradient accumulated since its last write
+
+
+def memory_out(w: MemoryWeights, x: Tensor) -> Tensor:
+    """M(x) = skip(x) + W1 gelu(W2 x); x (..., d)."""
+    skip = x @ w["skip"].mT if "skip" in w else x
+    return skip + F.gelu(x @ w["w2"].mT) @ w["w1"].mT
+
+
+def _meta(selfmod: SelfMod) -> dict[str, MemoryWeights]:
+    out = {}
+    for name, module in selfmod.memories.items():
+        memory = cast(Memory, module)
+        out[name] = {"w1": memory.w1, "w2": memory.w2} | ({"skip": memory.skip} if memory.skip is not None else {})
+    return out
+
+
+def init_trace(model: HopeModel) -> list[LayerTrace]:
+    """Fresh state of every layer."""
+    traces = []
+    for module in model.blocks:
+        block = cast(Block, module)
+        selfmod, cms = cast(SelfMod, block.selfmod), cast(CMS, block.cms)
+        meta = _meta(selfmod)
+        levels = [{"w_in": lv.w_in.detach(), "w_out": lv.w_out.detach()} for lv in cms.level_list()]
+        tail = model.embed.new_zeros(model.config.conv_width - 1, model.config.dim)
+        sums = [{k: torch.zeros_like(w) for k, w in lv.items()} for lv in levels]
+        traces.append(LayerTrace(meta, {n: dict(w) for n, w in meta.items()}, [], tail, levels, sums))
+    return traces
+
+
+def _selfmod_read(selfmod: SelfMod, trace: LayerTrace, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    config = selfmod.config
+    window = torch.cat([trace.tail, x])
+    u = torch.stack([(window[t : t + config.conv_width].mT * selfmod.conv).sum(-1) for t in range(len(x))])
+    trace.tail = window[len(window) - config.conv_width + 1 :]
+    k = l2norm(memory_out(trace.fast["k"], u))
+    v = memory_out(trace.fast["v"], u)
+    if config.normalise_value:
+        v = l2norm(v)
+    q = l2norm(memory_out(trace.fast["q"], u) if selfmod.w_q is None else u @ selfmod.w_q.mT)
+    eta = memory_out(trace.fast["eta"], u)[:, 0] + (0.0 if selfmod.eta_bias is None else selfmod.eta_bias)
+    eta = config.eta_max * (torch.sigmoid(eta) if config.eta_squash == "sigmoid" else F.softplus(eta))
+    alpha = memory_out(trace.fast["alpha"], u)[:, 0] + (0.0 if selfmod.alpha_bias is None else selfmod.alpha_bias)
+    return memory_out(trace.fast["memory"], q), [k, v, eta, torch.sigmoid(alpha)]
+
+
+def _objective(config: ModelConfig, w: MemoryWeights, k: Tensor, target: Tensor) -> Tensor:
+    if config.objective == "dot":
+        return -(memory_out(w, k) * target).sum()
+    scale = 0.5 if config.objective == "half-l2" else 1.0
+    return scale * (memory_out(w, k) - target).square().sum()
+
+
+def write_chunk(
+    config: ModelConfig, meta: MemoryWeights, start: MemoryWeights, tokens: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+) -> MemoryWeights:
+    """The delta rule over one chunk of one memory, token by token, all gradients at the chunk's start.
+
+    W_t = W' + alpha_t (W_{t-1} - W') - eta_t W_{t-1} k_t k_t^T - eta_t dL_t for matrices that read k, W' what decay goes
+    towards; W1 has no erase term, and by default the proximal step eta_t / (1 + eta_t |a_t|^2).
+    """
+    current = dict(start)
+    for k, v, eta, alpha in tokens:
+        target = memory_out(start, v)  # outside the inner derivative, inside the outer one
+        if config.normalise_value and "skip" not in start:
+            target = l2norm(target)
+        inner = {name: w * 1.0 for name, w in start.items()}
+        loss = _objective(config, inner, k, target)
+        grads = dict(zip(inner, torch.autograd.grad(loss, list(inner.values()), create_graph=True), strict=True))
+        hidden = F.gelu(start["w2"] @ k)
+        updated = {}
+        for name, w in current.items():
+            rest = meta[name] if config.decay_target == "init" else torch.zeros_like(w)
+            new = rest + alpha * (w - rest)
+            if name == "w1":
+                step = eta / (1.0 + eta * (hidden @ hidden)) if config.proximal else eta
+                updated[name] = new - step * grads[name]
+            else:
+                updated[name] = new - eta * torch.outer(w @ k, k) - eta * grads[name]
+        current = updated
+    return current
+
+
+def _cms_read(
+    cms: CMS, levels: list[dict[str, Tensor]], x: Tensor
+) -> Tensor:
+    outs = []
+    current = x
+    for level, w in zip(cms.level_list(), levels, strict=True):
+        hidden = F.gelu(level.norm(current) @ w["w_in"].mT + level.b_in)
+        outs.append(current + hidden @ w["w_out"].mT + level.b_out)
+        if cms.chain:
+            current = outs[-1]
+    if cms.mix_weight is None:
+        return outs[-1]
+    mix = torch.softmax(F.layer_norm(x, x.shape[-1:]) @ cms.mix_weight.mT + cms.mix_bias, dim=-1)
+    return torch.stack(outs, dim=-1).mul(mix[:, None, :]).sum(-1)
+
+
+def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[LayerTrace]]:
+    """Losses (T,) of one window of T + 1 tokens from a fresh state, differentiable, and the state after it.
+
+    First-order CMS writes, `write_grad = "through"` or `"stop"`; no truncation.
+    """
+    config = model.config
+    traces = init_trace(model)
+    losses = []
+    inputs, targets = tokens[:-1], tokens[1:]
+    for start in range(0, len(inputs), config.tick):
+        x = model.embed[inputs[start : start + config.tick]]
+        seen = [[{k: (w - w.detach()) + f for (k, w), f in _pairs(lv, fast)} for lv, fast in _levels(model, i, traces)]
+                for i in range(config.layers)]  # fmt: skip
+        made = []
+        for i in range(config.layers):
+            block = cast(Block, model.blocks[i])
+            selfmod, cms = cast(SelfMod, block.selfmod), cast(CMS, block.cms)
+            out, generated = _selfmod_read(selfmod, traces[i], x if block.norm is None else block.norm(x))
+            x = x + out if config.residual else out
+            made.append(generated)
+            x = _cms_read(cms, seen[i], x)
+        tick_losses = F.cross_entropy(model.norm(x) @ model.embed.mT, targets[start : start + config.tick], reduction="none")
+        losses.append(tick_losses)
+        if len(x) == config.tick:
+            gate = (tick_losses.detach() > config.surprise_threshold).to(x.dtype)
+            _write(model, traces, made, seen, gate, (gate * tick_losses).sum(), start + config.tick)
+    return torch.cat(losses), traces
+
+
+def _levels(model: HopeModel, i: int, traces: list[LayerTrace]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    cms = cast(CMS, cast(Block, model.blocks[i]).cms)
+    metas = [{"w_in": lv.w_in, "w_out": lv.w_out} for lv in cms.level_list()]
+    return list(zip(metas, traces[i].cms_fast, strict=True))
+
+
+def _pairs(meta: dict[str, Tensor], fast: dict[str, Tensor]) -> list[tuple[tuple[str, Tensor], Tensor]]:
+    return [((k, meta[k]), fast[k]) for k in meta]
+
+
+def _write(
+    model: HopeModel,
+    traces: list[LayerTrace],
+    made: list[list[Tensor]],
+    seen: list[list[dict[str, Tensor]]],
+    gate: Tensor,
+    gated_loss: Tensor,
+    end: int,
+) -> None:
+    config = model.config
+    for i, trace in enumerate(traces):
+        k, v, eta, alpha = made[i]
+        if config.write_grad == "stop":
+            k, v, eta, alpha = k.detach(), v.detach(), eta.detach(), alpha.detach()
+        for t in range(len(gate)):
+            trace.waiting.append((k[t], v[t], gate[t] * eta[t], 1 - gate[t] * (1 - alpha[t])))
+        for name in trace.fast:
+            chunk = config.chunk_memory if name == "memory" else config.chunk
+            if end % chunk == 0:
+                new = write_chunk(config, trace.meta[name], trace.fast[name], trace.waiting[end - chunk : end])
+                if config.write_grad == "stop":  # reads keep following the meta weights, one to one
+                    new = {n: w.detach() + (trace.meta[name][n] - trace.meta[name][n].detach()) for n, w in new.items()}
+                trace.fast[name] = new
+        cms = cast(CMS, cast(Block, model.blocks[i]).cms)
+        for level, (module, weights) in enumerate(zip(cms.level_list(), seen[i], strict=True)):
+            grads = torch.autograd.grad(gated_loss, list(weights.values()), retain_graph=True)
+            for (name, _), grad in zip(weights.items(), grads, strict=True):
+                trace.cms_sum[level][name] = trace.cms_sum[level][name] + grad
+            if end % module.spec.period == 0:
+                rate = module.spec.learning_rate / module.spec.period
+                for name, total in trace.cms_sum[level].items():
+                    trace.cms_fast[level][name] = trace.cms_fast[level][name] - rate * total
+                    trace.cms_sum[level][name] = torch.zeros_like(total)

@@ -1,0 +1,347 @@
+"""The self-modifying Titans layer: six memories that generate their own keys, values, learning rates and retention.
+
+Source: "Nested Learning" (arXiv 2512.24695, section 8), the study's six memories (M_q among them). Each memory is
+M(x) = skip(x) + W1 gelu(W2 x); skip is the identity where in = out and a projection where out = 1 (eta, alpha).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
+from hopeprobe.model.config import MEMORIES, SCALAR_MEMORIES, ModelConfig
+from hopeprobe.model.state import MemoryState, Pending, SelfModState
+from hopeprobe.model.write import chunk_decay, gelu_slope, solve_errors
+
+#: Guards the division in l2norm; the public reproduction uses the same value.
+NORM_EPS = 1e-6
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """x / max(|x|, 1e-6) over the last dimension."""
+    return F.normalize(x, dim=-1, eps=NORM_EPS)
+
+
+class Memory(nn.Module):
+    """Meta weights of one memory: what its fast weights start from and, by default, decay towards."""
+
+    def __init__(self, dim: int, scalar: bool) -> None:
+        super().__init__()
+        out = 1 if scalar else dim
+        self.w2 = nn.Parameter(torch.empty(dim, dim))  # (h, d), h = d
+        self.w1 = nn.Parameter(torch.empty(out, dim))  # (out, h)
+        self.skip = nn.Parameter(torch.empty(1, dim)) if scalar else None  # (1, d); None: the identity
+
+
+class Weights(NamedTuple):
+    """Weights of a group of m memories, mv of them with vector output; with a leading batch when they are fast."""
+
+    w2: Tensor  # (m, h, d)
+    w1: Tensor  # (mv, d, h)
+    w1_scalar: Tensor  # (m - mv, h)
+    skip: Tensor  # (m - mv, d)
+
+
+class Reading(NamedTuple):
+    """What a group of memories answers to n inputs."""
+
+    pre: Tensor  # (B, n, m, h): W2 x
+    hidden: Tensor  # (B, n, m, h): gelu of it
+    vector: Tensor  # (B, mv, n, d)
+    scalar: Tensor  # (B, n, m - mv)
+
+
+class Generated(NamedTuple):
+    """What reading a tick leaves for its write: k, v, eta, alpha before any gate, and the weights it read with."""
+
+    k: Tensor  # (B, C, d), unit norm
+    v: Tensor  # (B, C, d), unit norm where `normalise_value`
+    eta: Tensor  # (B, C), > 0
+    alpha: Tensor  # (B, C), range (0, 1): retention
+    tail: Tensor  # (B, width - 1, d): the convolution's next tail
+    fast: tuple[Weights, ...]  # of each group, (B, ...)
+
+
+def _answer(x: Tensor, w: Weights, index: int) -> Tensor:
+    """M(x) of one vector memory of a group, (B, n, d)."""
+    return torch.baddbmm(x, F.gelu(x @ w.w2[:, index].mT), w.w1[:, index].mT)
+
+
+def _read(x: Tensor, w: Weights) -> Reading:
+    batch, n, _ = x.shape
+    m, h = w.w2.shape[1:3]
+    n_vector = w.w1.shape[1]
+    pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
+    hidden = F.gelu(pre)
+    vector = hidden[:, :, :n_vector].transpose(1, 2) @ w.w1.mT + x[:, None]
+    scalar = (hidden[:, :, n_vector:] * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
+    return Reading(pre, hidden, vector, scalar)
+
+
+class SelfMod(nn.Module):
+    """A layer of self-modifying memories behind a causal depthwise convolution.
+
+    u = conv(x); k = l2norm(M_k(u)); v = l2norm(M_v(u)); q = l2norm(M_q(u)); eta = eta_max sigmoid(M_eta(u) + b_eta);
+    alpha = sigmoid(M_alpha(u) + b_alpha); y = M_memory(q).
+    """
+
+    def __init__(self, config: ModelConfig, registry: HookRegistry, prefix: str) -> None:
+        super().__init__()
+        self.config = config
+        names = [n for n in MEMORIES if n != "q" or config.query == "memory"]
+        together = config.chunk == config.chunk_memory
+        self.group_names: tuple[tuple[str, ...], ...] = (
+            (tuple(names),) if together else (tuple(names[1:]), ("memory",))
+        )
+        self.group_chunks = (config.chunk,) if together else (config.chunk, config.chunk_memory)
+        self.memories = nn.ModuleDict({n: Memory(config.dim, n in SCALAR_MEMORIES) for n in names})
+        self.conv = nn.Parameter(torch.empty(config.dim, config.conv_width))
+        self.w_q = nn.Parameter(torch.empty(config.dim, config.dim)) if config.query == "static" else None
+        self.eta_bias = nn.Parameter(torch.empty(())) if config.eta_bias is not None else None
+        self.alpha_bias = nn.Parameter(torch.empty(())) if config.alpha_bias is not None else None
+        self._add_hooks(registry, prefix, names)
+
+    def _add_hooks(self, registry: HookRegistry, prefix: str, names: list[str]) -> None:
+        def point(name: str, dims: str, equation: str, cadence: str = "tick", editable: bool = True) -> HookPoint:
+            return registry.add(f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation))  # type: ignore[arg-type]
+
+        norm_v = "v = l2norm(M_v(u))" if self.config.normalise_value else "v = M_v(u)"
+        query = "q = l2norm(M_q(u))" if self.w_q is None else "q = l2norm(W_q u)"
+        bias_eta = "" if self.eta_bias is None else " + b_eta"
+        bias_alpha = "" if self.alpha_bias is None else " + b_alpha"
+        self.hook_q = point("hook_q", "batch pos d_model", query)
+        self.hook_k = point("hook_k", "batch pos d_model", "k = l2norm(M_k(u))")
+        self.hook_v = point("hook_v", "batch pos d_model", norm_v)
+        self.hook_out = point("hook_out", "batch pos d_model", "y = M_memory(q)")
+        eta = f"eta = {self.config.eta_max:g} {self.config.eta_squash}(M_eta(u){bias_eta}), before the gate"
+        self.hook_eta = point("hook_eta", "batch pos", eta)
+        alpha = f"alpha = sigmoid(M_alpha(u){bias_alpha}), before the gate"
+        self.hook_alpha = point("hook_alpha", "batch pos", alpha)
+        self.hook_write_gate = point("hook_write_gate", "batch pos", "g; eta <- g eta, alpha <- 1 - g (1 - alpha)")
+        self.hook_assoc: dict[str, HookPoint] = {}
+        self.hook_fast: dict[str, dict[str, HookPoint]] = {}
+        objective = {"half-l2": "|M(k) - vhat|^2 / 2", "l2": "|M(k) - vhat|^2", "dot": "-<M(k), vhat>"}
+        for name in names:
+            loss = f"L = {objective[self.config.objective]} at the fast weights the tick reads"
+            self.hook_assoc[name] = point(f"{name}.hook_assoc_loss", "batch pos", loss, editable=False)
+            after = "after the write: W_C = gamma_C W_0 - E^T diag(gamma_C/gamma_i) K"
+            fast = {"w1": "W1 " + after.replace("E^T", "(step dL/dout)^T").replace(" K", " gelu(W2 K)"), "w2": "W2 " + after}
+            if name in SCALAR_MEMORIES:
+                fast["skip"] = "skip " + after
+            self.hook_fast[name] = {
+                w: point(f"{name}.hook_fast_{w}", "batch out in", equation, cadence="write") for w, equation in fast.items()
+            }
+
+    def stacked(self) -> tuple[Weights, ...]:
+        """Meta weights of each group, stacked; differentiable. Made once per window, not per tick."""
+        groups = []
+        for names in self.group_names:
+            mem = [cast(Memory, self.memories[n]) for n in names]
+            vectors = [m for m in mem if m.skip is None]
+            scalars = [(m.w1, m.skip) for m in mem if m.skip is not None]
+            empty = self.conv.new_zeros(0, self.config.dim)
+            groups.append(
+                Weights(
+                    torch.stack([m.w2 for m in mem]),
+                    torch.stack([m.w1 for m in vectors]),
+                    torch.cat([w1 for w1, _ in scalars]) if scalars else empty,
+                    torch.cat([skip for _, skip in scalars]) if scalars else empty,
+                )
+            )
+        return tuple(groups)
+
+    def init_state(self, batch: int) -> SelfModState:
+        """Fresh state: fast weights equal to the meta weights (their difference is zero)."""
+        d = self.config.dim
+        groups = []
+        for names in self.group_names:
+            m = len(names)
+            mv = sum(n not in SCALAR_MEMORIES for n in names)
+            zeros = self.conv.new_zeros
+            groups.append(
+                MemoryState(
+                    zeros(batch, m, d, d), zeros(batch, mv, d, d), zeros(batch, m - mv, d), zeros(batch, m - mv, d)
+                )
+            )
+        tail = self.conv.new_zeros(batch, self.config.conv_width - 1, d)
+        return SelfModState(tuple(groups), tuple(None for _ in groups), tail)
+
+    def read(
+        self, x: Tensor, weights: tuple[Weights, ...], state: SelfModState, outer: bool = True
+    ) -> tuple[Tensor, Generated]:
+        """Read a tick (B, n, d): the layer's output (B, n, d), and what its memories generate for the write.
+
+        `outer` False says that no outer gradient will be taken: what only serves the write then stays out of the graph.
+        """
+        window = torch.cat([state.conv_tail, x], dim=1)
+        u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
+        tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
+        fast = tuple(fast_weights(meta, group) for meta, group in zip(weights, state.groups, strict=True))
+        others, first = fast[0], 1 if len(fast) == 1 else 0  # where `memory` writes with the others it is stacked first
+        if self.w_q is None:
+            q, first = _answer(u, others, first), first + 1
+        else:
+            q = u @ self.w_q.mT
+        q = self.hook_q(l2norm(q))
+        out = self.hook_out(_answer(q, fast[-1], 0))
+        with torch.set_grad_enabled(outer and torch.is_grad_enabled()):
+            made = Generated(*self._generate(u, others, first), tail=tail, fast=fast)
+            self._observe_losses(made)
+        return out, made
+
+    def _generate(self, u: Tensor, w: Weights, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, eta and alpha from the memories stacked from `first` on."""
+        batch, n, d = u.shape
+        hidden = F.gelu((u @ w.w2[:, first:].flatten(1, 2).mT).view(batch, n, 4, d))
+        k = torch.baddbmm(u, hidden[:, :, 0], w.w1[:, first].mT)
+        v = torch.baddbmm(u, hidden[:, :, 1], w.w1[:, first + 1].mT)
+        scalar = (hidden[:, :, 2:] * w.w1_scalar[:, None]).sum(-1) + u @ w.skip.mT
+        raw_eta, raw_alpha = scalar[..., 0], scalar[..., 1]
+        if self.eta_bias is not None:
+            raw_eta = raw_eta + self.eta_bias
+        if self.alpha_bias is not None:
+            raw_alpha = raw_alpha + self.alpha_bias
+        squash = torch.sigmoid if self.config.eta_squash == "sigmoid" else F.softplus
+        eta = self.hook_eta(self.config.eta_max * squash(raw_eta))
+        alpha = self.hook_alpha(torch.sigmoid(raw_alpha))
+        return self.hook_k(l2norm(k)), self.hook_v(l2norm(v) if self.config.normalise_value else v), eta, alpha
+
+    def _observe_losses(self, made: Generated) -> None:
+        for names, fast in zip(self.group_names, made.fast, strict=True):
+            if not any(self.hook_assoc[n].active for n in names):
+                continue
+            both = _read(torch.cat([made.k, made.v], 1), fast)
+            predicted, target, *scalars = self._predictions(both)
+            for i, name in enumerate(names):
+                if not self.hook_assoc[name].active:
+                    continue
+                j = i - predicted.shape[1]
+                got, want = (predicted[:, i], target[:, i]) if j < 0 else (part[..., j, None] for part in scalars)
+                self.hook_assoc[name](self._objective(got, want))
+
+    def _objective(self, predicted: Tensor, target: Tensor) -> Tensor:
+        if self.config.objective == "dot":
+            return -(predicted * target).sum(-1)
+        return (0.5 if self.config.objective == "half-l2" else 1.0) * (predicted - target).square().sum(-1)
+
+    def _predictions(self, both: Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """M(k) and vhat = M(v) from a reading of k and v side by side: (B, mv, C, d) twice, (B, C, m - mv) twice."""
+        n = both.scalar.shape[1] // 2
+        target = both.vector[:, :, n:]
+        if self.config.normalise_value:
+            target = l2norm(target)  # a scalar target keeps its size: normalised, only its sign would be left
+        return both.vector[:, :, :n], target, both.scalar[:, :n], both.scalar[:, n:]
+
+    def _slope(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """dL/dM(k)."""
+        if self.config.objective == "dot":
+            return -target
+        return (predicted - target) * (1.0 if self.config.objective == "half-l2" else 2.0)
+
+    def write(
+        self, weights: tuple[Weights, ...], state: SelfModState, made: Generated, gate: Tensor, donated: bool = False
+    ) -> SelfModState:
+        """Write a tick's tokens into every group whose chunk is complete; keep the others pending.
+
+        Args:
+            weights: of `stacked()`.
+            state: as the tick read it.
+            made: by `read`.
+            gate: (B, C), range [0, 1]; 0 is an exact no-op for that token.
+            donated: nobody needs `state` any more, and no graph does: it may be overwritten.
+        """
+        gate = self.hook_write_gate(gate)
+        eta = gate * made.eta
+        retention = 1.0 - gate * (1.0 - made.alpha)
+        fresh = Pending(made.k, made.v, eta, retention.clamp_min(torch.finfo(eta.dtype).tiny).log())
+        groups, pending = [], []
+        for i, chunk in enumerate(self.group_chunks):
+            held = state.pending[i]
+            tokens = fresh if held is None else Pending(*(torch.cat(p, 1) for p in zip(held, fresh, strict=True)))
+            if tokens.k.shape[1] < chunk:
+                groups.append(state.groups[i])
+                pending.append(tokens)
+                continue
+            written = self._write_group(weights[i], state.groups[i], made.fast[i], tokens, donated)
+            groups.append(self._fire_fast(self.group_names[i], weights[i], written))
+            pending.append(None)
+        return SelfModState(tuple(groups), tuple(pending), made.tail)
+
+    def _write_group(
+        self, meta: Weights, state: MemoryState, fast: Weights, tokens: Pending, donated: bool
+    ) -> MemoryState:
+        k, v, eta, log_alpha = tokens
+        n = k.shape[1]
+        both = _read(torch.cat([k, v], 1), fast)
+        predicted, target, predicted_scalar, target_scalar = self._predictions(both)
+        slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
+        pre, hidden = both.pre[:, :n], both.hidden[:, :n]
+        n_vector = slope.shape[1]
+
+        back = torch.cat([(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2)
+        push = torch.cat([(back * gelu_slope(pre)).flatten(2), slope_scalar], dim=-1)
+        read = torch.cat([pre.flatten(2), k @ fast.skip.mT], dim=-1)
+        read_meta = None
+        if self.config.decay_target == "init":
+            read_meta = F.linear(k, torch.cat([meta.w2.flatten(0, 1), meta.skip]))
+            read = read - read_meta
+        decay = chunk_decay(k, eta, log_alpha)
+        errors = solve_errors(decay, eta, push, read_meta, read)
+        keys = decay.to_end[..., None] * k
+        rows = state.w2.shape[1] * state.w2.shape[2]
+
+        step = eta[..., None].expand(*hidden.shape[:3])
+        if self.config.proximal:
+            step = step / (1.0 + step * hidden.square().sum(-1))
+        step = step * decay.to_end[..., None]
+        pushed = (step[:, :, :n_vector].transpose(1, 2)[..., None] * slope).flatten(0, 1)
+        activation = hidden[:, :, :n_vector].transpose(1, 2).flatten(0, 1)
+        scalar_step = (step[:, :, n_vector:] * slope_scalar)[..., None]
+        w1_scalar_term = (scalar_step * hidden[:, :, n_vector:]).sum(1)
+
+        def decayed(delta: Tensor, base: Tensor) -> Tensor:
+            end = decay.end.view(-1, *(1,) * (delta.ndim - 1))
+            kept = delta.mul_(end) if donated else end * delta
+            if self.config.decay_target == "init":
+                return kept
+            return kept + (end - 1.0) * base  # W decays to zero: its difference to the meta weights does not
+
+        # In place on `decayed`, which is ours: subtracting a product of thin factors is one pass over the weights.
+        w2 = decayed(state.w2, meta.w2).flatten(1, 2).baddbmm_(errors[..., :rows].mT, keys, alpha=-1)
+        w1 = decayed(state.w1, meta.w1).flatten(0, 1).baddbmm_(pushed.mT, activation, alpha=-1)
+        skip = decayed(state.skip, meta.skip).baddbmm_(errors[..., rows:].mT, keys, alpha=-1)
+        w1_scalar = decayed(state.w1_scalar, meta.w1_scalar) - w1_scalar_term
+        return MemoryState(w2.view_as(state.w2), w1.view_as(state.w1), w1_scalar, skip)
+
+    def _fire_fast(self, names: tuple[str, ...], meta: Weights, state: MemoryState) -> MemoryState:
+        """Show the written fast weights to their hooks; an edit goes into the state."""
+        if not any(p.active for n in names for p in self.hook_fast[n].values()):
+            return state
+        n_vector = state.w1.shape[1]
+        parts = {f: list(t.unbind(1)) for f, t in state._asdict().items()}
+        for i, name in enumerate(names):
+            scalar = name in SCALAR_MEMORIES
+            j = i - n_vector if scalar else i
+            fields = {"w2": "w2", "w1": "w1_scalar" if scalar else "w1", "skip": "skip"}
+            for weight, point in self.hook_fast[name].items():
+                if not point.active:
+                    continue
+                field = fields[weight]
+                index = i if weight == "w2" else j
+                base = getattr(meta, field)[index]
+                full = base + parts[field][index]
+                flat = full.ndim == 2 and base.ndim == 1  # a scalar memory's row is shown as (B, 1, in)
+                shown = full[:, None] if flat else full
+                edited = point(shown)
+                if edited is not shown:
+                    parts[field][index] = (edited[:, 0] if flat else edited) - base
+        return MemoryState(*(torch.stack(p, 1) if p else t for p, t in zip(parts.values(), state, strict=True)))
+
+
+def fast_weights(meta: Weights, state: MemoryState) -> Weights:
+    """The weights a stream reads with: meta weights plus its own difference, (B, ...) each."""
+    return Weights(*(base + delta for base, delta in zip(meta, state, strict=True)))

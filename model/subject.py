@@ -1,0 +1,171 @@
+"""Our model as a `Subject`: what the probe library sees of it, registered like any other model's loader."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_checkpoints
+from hopeprobe.model.hope import Block, HopeModel
+from hopeprobe.model.init import digest
+from hopeprobe.model.measure import freeze_hooks
+from hopeprobe.model.selfmod import Memory
+from hopeprobe.model.state import State, average_rows, select_rows
+from hopeprobe.subject import MissingCapability, Subject, WindowLosses
+
+
+class HopeSubject(Subject):
+    """A HOPE model at one checkpoint, or one just made (`checkpoint` None: these are its initial weights)."""
+
+    module: HopeModel
+
+    def __init__(self, model: HopeModel, checkpoint: Checkpoint | None = None, path: Path | None = None) -> None:
+        self.module = model
+        self.checkpoint = checkpoint
+        self.path = path
+        self.name = path.name if path else f"{model.config.variant} (initial weights, seed {model.seed})"
+        self.tokenizer = checkpoint.tokenizer if checkpoint else "gpt2"
+        self.vocab_size = model.config.vocab_size
+        self.context = model.config.context
+        self.tick = model.config.tick
+        self.step = checkpoint.step if checkpoint else 0
+        self.seed = model.seed
+        self.dtype = str(model.embed.dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, lengths: Tensor | None = None) -> WindowLosses:
+        """Score windows (B, T + 1) from a fresh state, hooks firing, without an outer gradient."""
+        return WindowLosses(*self.module(tokens, lengths))
+
+    def init_state(self, batch: int) -> State:
+        """A fresh state of `batch` streams."""
+        return self.module.init_state(batch)
+
+    def step_once(self, state: State, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, State]:
+        """One tick."""
+        return self.module.step(state, tokens, next_token)
+
+    def loss(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy of windows, differentiable."""
+        out = self.module(tokens, lengths)
+        return cast(Tensor, out.losses.sum() / out.scored.sum())
+
+    def select_rows(self, state: State, rows: Sequence[int]) -> State:
+        """Rows of a state, in this order."""
+        return select_rows(state, list(rows))
+
+    def reset_rows(self, state: State, rows: Sequence[int]) -> State:
+        """Fast weights of the given rows back at their meta weights; what was read (tails, tokens) stays."""
+        keep = torch.ones(state.pending.shape[0], dtype=self.module.embed.dtype)
+        keep[list(rows)] = 0.0
+        return self._scaled(state, torch.diag(keep))
+
+    def average_rows(self, state: State, weights: Tensor) -> State:
+        """Fast weights averaged over rows; what was read stays with its row."""
+        return self._scaled(state, weights)
+
+    def _scaled(self, state: State, weights: Tensor) -> State:
+        layers = []
+        for layer in state.layers:
+            selfmod = layer.selfmod
+            if selfmod is not None:
+                selfmod = selfmod._replace(groups=average_rows(selfmod.groups, weights))
+            cms = tuple(
+                lv._replace(w_in=average_rows(lv.w_in, weights), w_out=average_rows(lv.w_out, weights)) for lv in layer.cms
+            )
+            layers.append(layer._replace(selfmod=selfmod, cms=cms))
+        return state._replace(layers=tuple(layers))
+
+    def write_periods(self) -> Mapping[str, int]:
+        """Tokens between two writes, by mechanism."""
+        config = self.module.config
+        if not config.writes:
+            return {}
+        names = [n for n in cast(Any, self._block(0).selfmod).memories]
+        periods = {f"selfmod.{n}": config.chunk_memory if n == "memory" else config.chunk for n in names}
+        return periods | {f"cms.{level.name}": level.period for level in config.cms_levels}
+
+    def _block(self, index: int) -> Block:
+        return cast(Block, self.module.blocks[index])
+
+    def meta_weights(self) -> Mapping[str, Tensor]:
+        """Meta weights by the hook point of their fast weights."""
+        out: dict[str, Tensor] = {}
+        for i in range(self.module.config.layers):
+            block = self._block(i)
+            if block.selfmod is None or block.cms is None:
+                raise self._missing("fast weights")
+            for name, module in block.selfmod.memories.items():
+                memory = cast(Memory, module)
+                weights = {"w1": memory.w1, "w2": memory.w2, "skip": memory.skip}
+                prefix = f"blocks.{i}.selfmod.{name}.hook_fast_"
+                out |= {prefix + k: w.detach() for k, w in weights.items() if w is not None}
+            for level in block.cms.level_list():
+                prefix = f"blocks.{i}.cms.{level.spec.name}.hook_fast_"
+                out |= {prefix + "in": level.w_in.detach(), prefix + "out": level.w_out.detach()}
+        return out
+
+    def parameter_groups(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Weights by mechanism: embedding, selfmod, cms, attention, mlp, norm."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.module.named_parameters():
+            parts = name.split(".")
+            group = "embed" if parts[0] == "embed" else parts[2] if parts[0] == "blocks" else "norm"
+            groups.setdefault("norm" if "norm" in group else group, {})[name] = parameter
+        return groups
+
+    def freeze_hooks(self) -> Sequence[tuple[Any, Callable[..., Any]]]:
+        """Hooks that close every write gate."""
+        return freeze_hooks(self.module)
+
+    def identity(self) -> Mapping[str, Any]:
+        """The configuration, as far as it changes what is computed."""
+        return {"model": "hope", "dtype": self.dtype, "config": self.module.config.to_dict()}
+
+    def reinitialised(self, seed: int) -> HopeSubject:
+        """The same configuration with fresh weights."""
+        return HopeSubject(HopeModel(self.module.config, seed, self.module.embed.dtype))
+
+    def own_init(self) -> Subject:
+        """Step-0 weights: rebuilt from config and seed and checked against the stored digest, else the step-0 file."""
+        if self.checkpoint is None:
+            return self
+        model = initial_model(self.checkpoint)
+        if model is not None:
+            return HopeSubject(model)
+        for path in self.siblings():
+            first = read(path)
+            if first is not None and first.step == 0:
+                if digest(first.weights.items()) == self.checkpoint.init_digest:
+                    return HopeSubject(first.to_model(), first, path)
+                break
+        raise MissingCapability(
+            f"{self.name}: its initial weights cannot be rebuilt from seed {self.seed} (the digest differs) "
+            "and no step-0 checkpoint with the stored digest lies beside it"
+        )
+
+    def siblings(self) -> Sequence[Path]:
+        """Checkpoints of the same run, by step."""
+        if self.path is None:
+            raise self._missing("run")
+        return run_checkpoints(self.path.parent)
+
+    def training(self) -> Mapping[str, Any]:
+        """How it was trained; `keys` counts the weights, all of which were found in the file."""
+        if self.checkpoint is None:
+            return {"steps": 0, "keys": len(self.module.state_dict())}
+        train = self.checkpoint.train
+        return {**train, "steps": self.checkpoint.step, "keys": len(self.checkpoint.weights), "data": self.checkpoint.data}
+
+
+def load_subject(path: Path) -> HopeSubject | None:
+    """Loader for the entry-point group `hopeprobe.subjects`: None when the file is of another kind."""
+    checkpoint = read(path)
+    if checkpoint is None:
+        return None
+    return HopeSubject(checkpoint.to_model(), dataclasses.replace(checkpoint, optimizer=None), path)

@@ -1,0 +1,343 @@
+"""Training: AdamW over packed windows, checkpoints on a schedule, metrics a line a step, resumable bit for bit.
+
+The data order is a function of seed and step, nothing in the forward pass draws random numbers, and a checkpoint holds the
+optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine and thread count).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hopeprobe
+from hopeprobe.errors import BadInputError, DivergedError
+from hopeprobe.hooks import HookPoint
+from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, step_path, write_atomically
+from hopeprobe.model.config import ModelConfig
+from hopeprobe.model.hope import HopeModel
+from hopeprobe.model.init import digest
+from hopeprobe.model.measure import Watch, freeze_hooks, norm_ratio
+from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
+
+EARLY_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained. AdamW, linear warm-up, then a constant rate: any run can be extended."""
+
+    steps: int = 2000
+    batch: int = 8
+    learning_rate: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1  # on matrices; not on gate biases, norms and other vectors
+    clip: float = 1.0  # largest norm of the gradient
+    warmup: int = 20  # steps
+    seed: int = 0
+    checkpoint_every: int = 200
+    eval_every: int = 100
+    eval_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "learning_rate", "clip", "checkpoint_every", "eval_every", "eval_tokens"):
+            if not getattr(self, name) > 0:
+                raise BadInputError(f"{name} is {getattr(self, name)!r}, must be above zero")
+        for name in ("warmup", "seed", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise BadInputError(f"{name} is {getattr(self, name)!r}, must not be negative")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the update that makes step `step` (1, 2, ...)."""
+        return self.learning_rate * min(1.0, step / max(1, self.warmup))
+
+    def checkpoint_steps(self) -> set[int]:
+        """Steps after which a checkpoint is written."""
+        regular = range(0, self.steps + 1, self.checkpoint_every)
+        return {s for s in (*EARLY_STEPS, *regular, self.steps) if s <= self.steps}
+
+    def resumable(self, step: int) -> bool:
+        """Does the checkpoint of this step carry the optimiser's state."""
+        return step > 0 and (step == self.steps or step % self.checkpoint_every == 0)
+
+
+class Progress(Protocol):
+    """Told after every step; a progress bar, as a rule."""
+
+    def __call__(self, step: int, metrics: dict[str, float], /) -> None: ...
+
+
+@dataclass
+class Run:
+    """A training run in a folder; `train` makes and drives it."""
+
+    model: HopeModel
+    optimizer: torch.optim.Optimizer
+    config: TrainConfig
+    data: TokenData
+    folder: Path
+    init_digest: str
+    step: int = 0
+
+    def checkpoint(self) -> Path:
+        """Write the checkpoint of the current step and return its path."""
+        full = self.config.resumable(self.step)
+        path = step_path(self.folder, self.step)
+        save(
+            path,
+            Checkpoint(
+                config=self.model.config,
+                seed=self.config.seed,
+                step=self.step,
+                weights=dict(self.model.state_dict()),
+                init_digest=self.init_digest,
+                tokenizer=self.data.tokenizer,
+                data=self.data.identity(),
+                train=dataclasses.asdict(self.config),
+                optimizer=self.optimizer.state_dict() if full else None,
+                generators={"torch": torch.get_rng_state()} if full else None,
+            ),
+        )
+        return path
+
+
+def make_optimizer(model: HopeModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; decay on matrices only: vectors and scalars (norms, gate biases, biases) are left alone."""
+    named = list(model.named_parameters())
+    decayed = [p for _, p in named if p.ndim >= 2]
+    plain = [p for _, p in named if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> float:
+    """Mean cross-entropy (nats a token) over windows; `frozen` closes every write gate."""
+    total, count = 0.0, 0
+    with model.hooks(fwd_hooks=freeze_hooks(model) if frozen else [], allow_unfired=True):
+        for batch in windows:
+            out = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
+            total += float(out.losses.double().sum())
+            count += int(out.scored.sum())
+    return total / count
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    data: TokenData,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    callbacks: tuple[Callable[[Run], None], ...] = (),
+) -> Run:
+    """Train a model in a folder: checkpoints, `metrics.jsonl`, `run.json`.
+
+    `callbacks` are called with the run after every checkpoint, so that probes can run inside training.
+
+    Raises:
+        BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs.
+        DivergedError: the loss or a gradient is not finite; the message says where that began, the last good checkpoint stays.
+    """
+    train_windows = TrainWindows(data, model_config.context, config.batch, config.seed)
+    held_out = _held_out(data, model_config, config)
+    run = _resumed(model_config, config, data, folder) if resume else _fresh(model_config, config, data, folder)
+    due = config.checkpoint_steps()
+    _write_run_json(run)
+    if run.step == 0:
+        run.checkpoint()
+        for callback in callbacks:
+            callback(run)
+    watch = Watch(run.model)
+    with _metrics_file(folder, run.step) as write_line:
+        while run.step < config.steps:
+            started = time.perf_counter()
+            tokens = torch.from_numpy(train_windows.batch_at(run.step))
+            metrics = _update(run, tokens, watch)
+            elapsed = time.perf_counter() - started
+            metrics["tokens_per_s"] = tokens[:, 1:].numel() / elapsed
+            if held_out is not None and (run.step % config.eval_every == 0 or run.step == config.steps):
+                metrics["held_out_live"] = evaluate(run.model, held_out)
+                metrics["held_out_frozen"] = evaluate(run.model, held_out, frozen=True)
+            write_line({"step": run.step, **metrics})
+            if progress is not None:
+                progress(run.step, metrics)
+            if run.step in due:
+                run.checkpoint()
+                for callback in callbacks:
+                    callback(run)
+    return run
+
+
+def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
+    """One optimiser step; nothing is changed when the loss or the gradient is not finite."""
+    config = run.config
+    step = run.step + 1
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.rate(step)
+    run.optimizer.zero_grad(set_to_none=True)
+    with watch.on():
+        out = run.model(tokens)
+    loss = out.losses.mean()
+    if not math.isfinite(loss.item()):
+        where = first_not_finite(run.model, tokens)
+        raise _diverged(run, step, f"the loss is {loss.item()}; the first value that is not finite: {where}")
+    ratio = norm_ratio(run.model, out.state)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip))
+    if not math.isfinite(norm):
+        bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        raise _diverged(run, step, f"the gradient is not finite, in {', '.join(bad[:3])}")
+    run.optimizer.step()
+    run.step = step
+    return {
+        "loss": loss.item(),
+        "grad_norm": norm,
+        "learning_rate": config.rate(step),
+        "gate_rate": watch.mean("gate"),
+        "retention": watch.mean("alpha"),
+        "norm_ratio": ratio,
+    }
+
+
+def _diverged(run: Run, step: int, what: str) -> DivergedError:
+    good = run_checkpoints(run.folder)
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    return DivergedError(f"training stopped at step {step}: {what}. {kept}")
+
+
+@torch.no_grad()
+def first_not_finite(model: HopeModel, tokens: Tensor) -> str:
+    """Run a batch again and name the first hook point whose value is not finite, with its layer and memory."""
+    found: list[str] = []
+
+    def look(tensor: Tensor, hook: HookPoint) -> None:
+        if not found and not bool(tensor.isfinite().all()):
+            found.append(hook.name)
+
+    with model.hooks(fwd_hooks=[(lambda _: True, look)], allow_unfired=True):
+        model(tokens)
+    if not found:
+        return "in no hook point: the weights of the head"
+    parts = found[0].split(".")
+    place = f"layer {parts[1]}" if parts[0] == "blocks" else "outside the layers"
+    owner = f", {parts[2]} {parts[3]}" if len(parts) == 5 else f", {parts[2]}" if len(parts) == 4 else ""
+    return f"{place}{owner} ({found[0]})"
+
+
+def _held_out(data: TokenData, model_config: ModelConfig, config: TrainConfig) -> EvalWindows | None:
+    available = int((data.lengths("heldout") - 1).sum())
+    if available < 1:
+        return None
+    return EvalWindows(data, context=model_config.context, tokens=min(config.eval_tokens, available), batch=config.batch)
+
+
+def _fresh(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
+    if run_checkpoints(folder):
+        raise BadInputError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
+    model = HopeModel(model_config, config.seed)
+    return Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
+
+
+def _resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
+    for path in reversed(run_checkpoints(folder)):
+        checkpoint = read(path)
+        if checkpoint is not None and checkpoint.optimizer is not None:
+            break
+    else:
+        if not run_checkpoints(folder):
+            raise BadInputError(f"{folder} holds no run to resume; start one without --resume")
+        return dataclasses.replace(_restart(model_config, config, data, folder))
+    if checkpoint.config != model_config:
+        raise BadInputError(f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}")
+    before = {k: v for k, v in checkpoint.train.items() if k not in _MAY_CHANGE}
+    now = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}
+    if before != now:
+        changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
+        raise BadInputError(f"{path} was trained in another way: {'; '.join(changed)}. Only {', '.join(_MAY_CHANGE)} may change")
+    if checkpoint.data.get("fingerprint") != data.identity()["fingerprint"]:
+        raise BadInputError(f"{path} was trained on {checkpoint.data.get('name')!r}, whose tokens differ from {data.name!r}")
+    model = checkpoint.to_model()
+    optimizer = make_optimizer(model, config)
+    optimizer.load_state_dict(checkpoint.optimizer or {})
+    if checkpoint.generators:
+        torch.set_rng_state(checkpoint.generators["torch"])
+    return Run(model, optimizer, config, data, folder, checkpoint.init_digest, checkpoint.step)
+
+
+#: What a resumed run may have different without ceasing to be the same run.
+_MAY_CHANGE = ("steps", "checkpoint_every", "eval_every", "eval_tokens")
+
+
+def _restart(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
+    """A run killed before its first resumable checkpoint begins again, from the same step 0."""
+    first = read(run_checkpoints(folder)[0])
+    model = HopeModel(model_config, config.seed)
+    run = Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
+    if first is None or first.init_digest != run.init_digest:
+        raise BadInputError(f"{folder} holds a run of another configuration or seed; choose another --out")
+    return run
+
+
+def _difference(checkpoint: Checkpoint, config: ModelConfig) -> str:
+    before, now = checkpoint.config.to_dict(), config.to_dict()
+    return "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k])
+
+
+def _write_run_json(run: Run) -> None:
+    content = {
+        "hopeprobe": hopeprobe.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": run.model.config.to_dict(),
+        "train": dataclasses.asdict(run.config),
+        "data": run.data.identity(),
+        "epochs": run.config.steps * run.config.batch / max(1, run.data.n_tokens("train") // run.model.config.context),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "init_digest": run.init_digest,
+    }
+    write_atomically(run.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+class _metrics_file:  # noqa: N801 - reads as the context manager it is
+    """`metrics.jsonl`, cut back to the step a run resumes from, then a line a step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in self._lines() if step and json.loads(line)["step"] <= step]
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+
+    def _lines(self) -> Iterator[str]:
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                if line.endswith("}"):  # the last may be cut off where the run was killed
+                    yield line
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        self.file = self.path.open("a", encoding="utf-8")
+
+        def write(metrics: dict[str, Any]) -> None:
+            plain = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()}
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
+
+        return write
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
