@@ -1,0 +1,305 @@
+"""Results: tidy rows with their nulls, and how they are read and written.
+
+One `ResultRow` per (probe, statistic, checkpoint, step, layer, component, condition, position), one `NullRow`
+per null of such a row. Files are written whole or not at all. JSON is strict: what was not measured (NaN) is
+null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.stats.verdict import CLAIMS, Verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+KEY = ("probe", "statistic", "checkpoint", "step", "layer", "component", "condition", "position")
+"""The columns that together name a row, in both tables."""
+
+_RESULT_COLUMNS = (
+    *("value", "unit", "ci_low", "ci_high", "n_tokens", "n_groups", "dtype"),
+    *("min_detectable", "p", "q", "verdict", "note"),
+)
+_NULL_COLUMNS = ("null_kind", "value", "low", "high", "n")
+
+_NAN = float("nan")
+_INTEGERS = ("step", "layer", "n_tokens", "n_groups", "n")
+_FLOATS = ("value", "ci_low", "ci_high", "min_detectable", "p", "q", "low", "high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Key:
+    """What was measured and where; None and "" mean that the column does not apply."""
+
+    probe: str
+    statistic: str
+    checkpoint: str
+    step: int | None = None
+    layer: int | None = None
+    component: str = ""
+    condition: str = ""
+    position: str = ""
+
+    def __post_init__(self) -> None:
+        # NumPy scalars become plain numbers, so that every row can be written as JSON.
+        for name in _INTEGERS:
+            if getattr(self, name, None) is not None:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+        for name in _FLOATS:
+            if hasattr(self, name):
+                object.__setattr__(self, name, float(getattr(self, name)))
+            if math.isinf(getattr(self, name, 0.0)):
+                raise ValueError(f"{self}: {name} is infinite; what could not be measured is NaN")
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The values of `KEY`."""
+        return tuple(getattr(self, name) for name in KEY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultRow(_Key):
+    """One number with its interval and verdict.
+
+    `value` in `unit`, a 95 % interval over `n_groups` groups of documents (NaN where none is claimed), the
+    smallest difference found with 80 % power, p and q of the rule in `hopeprobe.stats.verdict`. Raises
+    ValueError for a row that claims more than it measured: `learned` or `at-init` without a value, without
+    tokens or without an interval.
+    """
+
+    value: float
+    unit: str
+    n_tokens: int
+    n_groups: int
+    dtype: str
+    verdict: Verdict
+    ci_low: float = _NAN
+    ci_high: float = _NAN
+    min_detectable: float = _NAN
+    p: float = _NAN
+    q: float = _NAN
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "verdict", Verdict(self.verdict))
+        if self.n_tokens < 0 or self.n_groups < 0:
+            raise ValueError(f"{self}: counts cannot be negative")
+        if math.isnan(self.ci_low) != math.isnan(self.ci_high) or self.ci_low > self.ci_high:
+            raise ValueError(f"{self}: [{self.ci_low}, {self.ci_high}] is not an interval")
+        if self.verdict in CLAIMS and (
+            math.isnan(self.value) or self.n_tokens == 0 or math.isnan(self.ci_low)
+        ):
+            raise ValueError(f"{self}: a row that measured nothing cannot be {self.verdict}")
+
+    def __str__(self) -> str:
+        return "/".join(str(part) for part in self.key if part not in (None, ""))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NullRow(_Key):
+    """One null beside a result.
+
+    `null_kind` is own-init, fresh-init, analytic, shuffled or random-gate. `low` and `high` are its 95 %
+    range or interval, NaN where there is none; `n` counts what it rests on: tokens, or re-initialisations.
+    """
+
+    null_kind: str
+    value: float
+    low: float = _NAN
+    high: float = _NAN
+    n: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The values of `KEY`, then the kind of null."""
+        return (*super().key, self.null_kind)
+
+
+_Row = TypeVar("_Row", ResultRow, NullRow)
+
+
+class Results:
+    """Rows, nulls, and what they were measured on.
+
+    `checkpoint` and `data` describe the subject and the tokens (`data` holds the token fingerprint);
+    `versions` says what measured them. Raises ValueError when two rows have one key.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[ResultRow] = (),
+        nulls: Iterable[NullRow] = (),
+        *,
+        checkpoint: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        self._rows: dict[tuple[Any, ...], ResultRow] = {}
+        self._nulls: dict[tuple[Any, ...], NullRow] = {}
+        self.checkpoint = dict(checkpoint or {})
+        self.data = dict(data or {})
+        self.versions = dict(versions or {name: metadata.version(name) for name in ("hopeprobe", "torch")})
+        self.extend(rows, nulls)
+
+    @property
+    def rows(self) -> tuple[ResultRow, ...]:
+        """All results, in the order they were added."""
+        return tuple(self._rows.values())
+
+    @property
+    def nulls(self) -> tuple[NullRow, ...]:
+        """All nulls, in the order they were added."""
+        return tuple(self._nulls.values())
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What the rows were measured on: the checkpoint and the data."""
+        return {"checkpoint": self.checkpoint, "data": self.data}
+
+    def extend(self, rows: Iterable[ResultRow] | Results, nulls: Iterable[NullRow] = ()) -> None:
+        """Add rows and nulls, or all those of other results; nothing is added when a key is already taken."""
+        if isinstance(rows, Results):
+            new_rows: Iterable[ResultRow] = rows.rows
+            nulls = (*rows.nulls, *nulls)
+        else:
+            new_rows = rows
+        self._rows, self._nulls = (
+            _with_unique_keys(self._rows, new_rows),
+            _with_unique_keys(self._nulls, nulls),
+        )
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The results as a DataFrame, one column for each field; verdicts are plain strings."""
+        return _frame(ResultRow, self.rows)
+
+    @property
+    def nulls_frame(self) -> pd.DataFrame:
+        """The nulls as a DataFrame."""
+        return _frame(NullRow, self.nulls)
+
+    def to_json(self) -> str:
+        """One strict JSON document; raises ValueError when checkpoint or data hold an infinite number."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            **self.versions,
+            **self.meta,
+            "results": [_record(row) for row in self.rows],
+            "nulls": [_record(row) for row in self.nulls],
+        }
+        return json.dumps(_nan_to_null(document), allow_nan=False, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Results:
+        """Read what `to_json` wrote. Raises BadInputError for anything else, an unknown column included."""
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BadInputError(f"not a results document: {error}") from error
+        if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
+            raise BadInputError(f"not a results document of schema version {SCHEMA_VERSION}")
+        try:
+            return cls(
+                [_row(ResultRow, record) for record in document["results"]],
+                [_row(NullRow, record) for record in document["nulls"]],
+                checkpoint=document["checkpoint"],
+                data=document["data"],
+                versions={name: document[name] for name in ("hopeprobe", "torch")},
+            )
+        except KeyError as error:
+            raise BadInputError(f"a results document without {error}") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadInputError(f"a results document that cannot be used: {error}") from error
+
+    def write_json(self, path: str | os.PathLike[str]) -> Path:
+        """Write `to_json` to `path`. Raises BadInputError when that cannot be written."""
+        path = Path(path)
+        _write_atomically({path: self.to_json()})
+        return path
+
+    def write_csv(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+        """Write the results to `path` and the nulls beside it (`x.nulls.csv`); return both paths."""
+        path = Path(path)
+        nulls = path.with_name(path.name.removesuffix(".csv") + ".nulls.csv")
+        _write_atomically({path: self.frame.to_csv(index=False), nulls: self.nulls_frame.to_csv(index=False)})
+        return path, nulls
+
+
+def _with_unique_keys(
+    known: Mapping[tuple[Any, ...], _Row], rows: Iterable[_Row]
+) -> dict[tuple[Any, ...], _Row]:
+    merged = dict(known)
+    for row in rows:
+        if row.key in merged:
+            raise ValueError(f"two rows have the key {row.key}")
+        merged[row.key] = row
+    return merged
+
+
+def _columns(kind: type[_Key]) -> list[str]:
+    return [*KEY, *(_NULL_COLUMNS if kind is NullRow else _RESULT_COLUMNS)]
+
+
+def _record(row: _Key) -> dict[str, Any]:
+    return {name: _plain(getattr(row, name)) for name in _columns(type(row))}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Verdict) else value
+
+
+def _row(kind: type[_Row], record: Mapping[str, Any]) -> _Row:
+    columns = _columns(kind)
+    for name in record:
+        if name not in columns:
+            raise BadInputError(f"unknown column {name!r}{near_names(name, columns)}")
+    values: dict[str, Any] = {
+        name: _NAN if value is None and name in _FLOATS else value for name, value in record.items()
+    }
+    return kind(**values)
+
+
+def _frame(kind: type[_Key], rows: Sequence[_Key]) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame([_record(row) for row in rows], columns=_columns(kind))
+    # Nullable integers, so that an absent step or layer does not turn the others into 3.0.
+    types = dict.fromkeys(_INTEGERS, "Int64") | dict.fromkeys(_FLOATS, "float64")
+    typed: pd.DataFrame = frame.astype({name: types.get(name, "object") for name in _columns(kind)})
+    return typed
+
+
+def _nan_to_null(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _nan_to_null(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_nan_to_null(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _write_atomically(texts: Mapping[Path, str]) -> None:
+    """Write every text to a temporary file beside its path, then move all into place."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
+    path = next(iter(texts))
+    try:
+        for path, text in texts.items():
+            temporary[path].write_text(text, encoding="utf-8", newline="")
+        for path in texts:
+            os.replace(temporary[path], path)
+    except OSError as error:
+        raise BadInputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)

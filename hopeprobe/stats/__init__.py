@@ -1,0 +1,60 @@
+"""The one statistical core that every probe uses: grouped moments, similarity, jackknife intervals, verdicts.
+
+groups         the 64 fixed groups of documents
+accumulators   streaming moments per group
+moments        what accumulators compute, and how it is pooled
+similarity     linear CKA, effective rank, cosine
+jackknife      estimates with intervals, paired differences
+verdict        the one rule: learned, at-init or inconclusive
+"""
+
+from .accumulators import GroupedCovariance, GroupedCrossCovariance, GroupedMean, GroupedMoments
+from .arrays import as_float64
+from .groups import GROUPS, MIN_GROUPS
+from .jackknife import Estimate, jackknife, jackknife_each, p_value, paired_difference
+from .moments import Moments
+from .similarity import (
+    CKA_BOUNDS,
+    COSINE_BOUNDS,
+    TokenCosine,
+    cka_of,
+    effective_rank,
+    effective_rank_of,
+    linear_cka,
+    mean_of,
+    token_cosine,
+    varies,
+)
+from .verdict import CLAIMS, Evidence, FreshInit, Judgement, Verdict, judge
+
+__all__ = [
+    "CKA_BOUNDS",
+    "CLAIMS",
+    "COSINE_BOUNDS",
+    "GROUPS",
+    "MIN_GROUPS",
+    "Estimate",
+    "Evidence",
+    "FreshInit",
+    "GroupedCovariance",
+    "GroupedCrossCovariance",
+    "GroupedMean",
+    "GroupedMoments",
+    "Judgement",
+    "Moments",
+    "TokenCosine",
+    "Verdict",
+    "as_float64",
+    "cka_of",
+    "effective_rank",
+    "effective_rank_of",
+    "jackknife",
+    "jackknife_each",
+    "judge",
+    "linear_cka",
+    "mean_of",
+    "p_value",
+    "paired_difference",
+    "token_cosine",
+    "varies",
+]

@@ -1,0 +1,195 @@
+"""Result tables: what a row may claim, and that what is written is read back."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from hopeprobe.errors import BadInputError
+from hopeprobe.results import KEY, NullRow, ResultRow, Results
+from hopeprobe.stats import Verdict
+
+
+def row(**changes):
+    fields = {
+        "probe": "cms-similarity",
+        "statistic": "cka",
+        "checkpoint": "step-000200.pt",
+        "step": 200,
+        "layer": 3,
+        "component": "fast-slow",
+        "value": 0.25,
+        "unit": "1",
+        "ci_low": 0.2,
+        "ci_high": 0.3,
+        "n_tokens": 4096,
+        "n_groups": 64,
+        "dtype": "float32",
+        "min_detectable": 0.01,
+        "p": 0.001,
+        "q": 0.002,
+        "verdict": Verdict.LEARNED,
+        "note": "naïve, “quoted”",
+    }
+    return ResultRow(**{**fields, **changes})
+
+
+def null(**changes):
+    fields = {"probe": "cms-similarity", "statistic": "cka", "checkpoint": "step-000200.pt", "layer": 3}
+    return NullRow(**{**fields, "null_kind": "own-init", "value": 0.9, "n": 4096, **changes})
+
+
+def example():
+    unmeasured = {"value": math.nan, "ci_low": math.nan, "ci_high": math.nan, "p": math.nan, "q": math.nan}
+    return Results(
+        [row(), row(layer=None, step=None, verdict="n/a", n_tokens=0, **unmeasured)],
+        [null(), null(null_kind="fresh-init", low=0.1, high=0.2, n=10)],
+        checkpoint={"path": "step-000200.pt", "loss": math.nan},
+        data={"fingerprint": "abc", "tokens": 4096},
+    )
+
+
+def test_json_round_trips_and_is_strict():
+    results = example()
+    text = results.to_json()
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert list(document)[:5] == ["schema_version", "hopeprobe", "torch", "checkpoint", "data"]
+    assert document["data"]["fingerprint"] == "abc"
+    assert document["checkpoint"]["loss"] is None
+    assert document["results"][1]["value"] is None
+    assert document["results"][0]["verdict"] == "learned"
+    assert Results.from_json(text).to_json() == text
+    again = Results.from_json(text)
+    assert again.rows[0] == results.rows[0]
+    assert again.versions == results.versions
+    assert math.isnan(again.rows[1].value)
+
+
+def test_frames_have_all_columns_even_when_empty():
+    for results in (example(), Results()):
+        assert list(results.frame.columns) == [
+            *KEY,
+            *("value", "unit", "ci_low", "ci_high", "n_tokens", "n_groups", "dtype"),
+            *("min_detectable", "p", "q", "verdict", "note"),
+        ]
+        assert list(results.nulls_frame.columns) == [*KEY, "null_kind", "value", "low", "high", "n"]
+    frame = example().frame
+    assert frame["layer"].tolist() == [3, pd.NA]
+    assert frame["verdict"].tolist() == ["learned", "n/a"]
+    assert frame["value"].dtype == np.float64
+
+
+def test_csv_round_trips_through_pandas(tmp_path):
+    results = example()
+    path, nulls = results.write_csv(tmp_path / "out.csv")
+    assert (path.name, nulls.name) == ("out.csv", "out.nulls.csv")
+    frame = pd.read_csv(path)
+    assert frame["layer"].tolist()[0] == 3
+    assert frame["note"].tolist()[0] == "naïve, “quoted”"
+    assert pd.read_csv(nulls)["null_kind"].tolist() == ["own-init", "fresh-init"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out.csv", "out.nulls.csv"]
+
+
+def test_write_json_replaces_the_file_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+    assert example().write_json(path) == path
+    assert path.read_text(encoding="utf-8") == example().to_json()
+    assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("write", ["write_json", "write_csv"])
+def test_what_cannot_be_written_is_bad_input_that_names_the_path(tmp_path, write):
+    with pytest.raises(BadInputError, match="missing"):
+        getattr(example(), write)(tmp_path / "missing" / "out.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(BadInputError, match=r"folder\.csv"):
+        getattr(example(), write)(tmp_path / "folder.csv")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder.csv"]
+
+
+@pytest.mark.parametrize("verdict", ["learned", "at-init"])
+@pytest.mark.parametrize(
+    "nothing", [{"value": math.nan}, {"n_tokens": 0}, {"ci_low": math.nan, "ci_high": math.nan}]
+)
+def test_a_row_that_measured_nothing_cannot_report_success(verdict, nothing):
+    with pytest.raises(ValueError, match="measured nothing"):
+        row(verdict=verdict, **nothing)
+    row(verdict="inconclusive", **nothing)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"verdict": "great"}, "great"),
+        ({"value": math.inf}, "infinite"),
+        ({"n_tokens": -1}, "negative"),
+        ({"ci_low": 0.5}, "not an interval"),
+        ({"ci_low": math.nan}, "not an interval"),
+    ],
+)
+def test_impossible_rows_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        row(**bad)
+
+
+def test_numpy_scalars_become_plain_numbers():
+    results = Results(
+        [row(layer=np.int64(3), value=np.float32(0.25), n_tokens=np.int32(5))], [null(n=np.int64(7))]
+    )
+    record = json.loads(results.to_json())["results"][0]
+    assert (record["layer"], record["value"], record["n_tokens"]) == (3, 0.25, 5)
+    with pytest.raises(TypeError):
+        row(n_tokens=1.5)
+
+
+def test_duplicate_keys_raise_and_add_nothing():
+    results = example()
+    with pytest.raises(ValueError, match="two rows have the key"):
+        results.extend([row(layer=9), row()])
+    with pytest.raises(ValueError, match="two rows have the key"):
+        results.extend([row(layer=9)], [null()])
+    with pytest.raises(ValueError, match="two rows have the key"):
+        results.extend(example())
+    assert len(results.rows) == len(results.nulls) == 2
+    results.extend(Results([row(layer=9)], [null(layer=9)]))
+    assert len(results.rows) == len(results.nulls) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a results document"),
+        ("[]", "schema version"),
+        ('{"schema_version": 99}', "schema version"),
+        ('{"schema_version": 1}', "without"),
+    ],
+)
+def test_other_documents_are_bad_input(text, message):
+    with pytest.raises(BadInputError, match=message):
+        Results.from_json(text)
+
+
+def test_an_unknown_column_names_its_neighbour():
+    document = json.loads(example().to_json())
+    document["results"][0]["ci_lo"] = 0.1
+    with pytest.raises(BadInputError, match="ci_low"):
+        Results.from_json(json.dumps(document))
+    document["results"] = ["text"]
+    with pytest.raises(BadInputError):
+        Results.from_json(json.dumps(document))
+
+
+def test_infinite_numbers_in_the_description_are_refused():
+    with pytest.raises(ValueError, match="JSON compliant"):
+        Results(data={"loss": math.inf}).to_json()
+
+
+def test_pandas_and_torch_load_when_first_used():
+    code = "import sys, hopeprobe.results; print({'pandas', 'torch', 'scipy.stats'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
