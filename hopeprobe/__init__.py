@@ -1,7 +1,7 @@
 """hopeprobe: mechanistic analysis of self-modifying memories, with a null beside every number.
 
-`hopeprobe.load(path)` opens a checkpoint as a `Subject`; `hopeprobe.analyze(subject, probes=[...])` measures it. Names load
-when first used: `import hopeprobe` alone imports neither torch nor pandas.
+`hopeprobe.load(path)` opens a checkpoint as a `Subject`; `hopeprobe.analyze(subject, probes=[...])` measures
+it. Names load when first used: `import hopeprobe` alone imports neither torch nor pandas.
 """
 
 from __future__ import annotations

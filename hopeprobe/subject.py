@@ -1,6 +1,7 @@
 """The contract between probes and models, and how a checkpoint file becomes something that can be probed.
 
-A loader is registered under the entry-point group `hopeprobe.subjects`; it gets a path and returns a `Subject`, or None when
+A loader is registered under the entry-point group `hopeprobe.subjects`; it gets a path and returns a
+`Subject`, or None when
 the file is not of its kind. Our own model registers there like any other. What a model cannot do it leaves alone: the
 default raises `MissingCapability`, and a probe that needs it answers `n/a`.
 """
@@ -145,7 +146,11 @@ def load(path: str | Path) -> Subject:
     file = Path(path)
     if file.is_dir():
         inside = sorted(p.name for p in file.glob("*.pt"))
-        hint = f"name one of its checkpoints, for instance {file / inside[-1]}" if inside else "it holds no .pt file"
+        hint = (
+            f"name one of its checkpoints, for instance {file / inside[-1]}"
+            if inside
+            else "it holds no .pt file"
+        )
         raise BadInputError(f"{file} is a folder; {hint}")
     if not file.exists():
         near = sorted(p.name for p in file.parent.glob(f"*{file.suffix}"))[:5] if file.parent.is_dir() else []

@@ -14,7 +14,9 @@ def rotate(x: Tensor, start: int) -> Tensor:
     """Rotary position embedding (Su et al. 2021) of (B, heads, n, e) at positions start .. start + n - 1."""
     half = x.shape[-1] // 2
     frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequency
+    angle = (
+        torch.arange(start, start + x.shape[-2], device=x.device, dtype=torch.float64)[:, None] * frequency
+    )
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -37,7 +39,7 @@ class Attention(nn.Module):
         return AttentionState(empty, empty)
 
     def read(self, x: Tensor, state: AttentionState, position: int) -> tuple[Tensor, AttentionState]:
-        """(B, n, d) at positions position .. position + n - 1: the output, and keys and values of the last `context`."""
+        """(B, n, d) at positions position .. position + n - 1: the output, and the last `context` keys and values."""
         batch, n, d = x.shape
         heads = self.config.heads
         q, k, v = F.linear(x, self.w_qkv).view(batch, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)

@@ -1,6 +1,7 @@
 """Checkpoints: one versioned file, written atomically, read strictly.
 
-Layout (format "hopeprobe-hope", version 1): plain data and tensors only, so that `torch.load(weights_only=True)` reads it
+Layout (format "hopeprobe-hope", version 1): plain data and tensors only, so that
+`torch.load(weights_only=True)` reads it
 and code hidden in a foreign file is never executed. Early checkpoints carry weights alone; those a run can resume from
 carry the optimiser and generator states as well.
 """
@@ -63,7 +64,9 @@ def step_path(folder: Path, step: int) -> Path:
 
 def run_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, by step."""
-    return sorted(folder.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*.pt"), key=lambda p: int(p.stem.split("-")[1]))
+    return sorted(
+        folder.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*.pt"), key=lambda p: int(p.stem.split("-")[1])
+    )
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -76,14 +79,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # noqa: S103 - mkstemp's 0600 would hide a result from the group it is shared with
+        os.chmod(name, 0o644)
         os.replace(name, path)
     except OSError as error:
         if name and os.path.exists(name):
             os.unlink(name)
         raise BadInputError(
-            f"cannot write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing was left behind. "
-            "Free some space or choose another --out"
+            f"cannot write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing was left "
+            "behind. Free some space or choose another --out"
         ) from None
     except BaseException:  # an interrupt between the two: the half-written file goes too
         if name and os.path.exists(name):
@@ -104,7 +107,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def read(path: Path) -> Checkpoint | None:
     """Read a checkpoint; None when it is a readable file of another kind.
 
-    Raises `BadInputError` for a file that is damaged, holds code, is of a newer version, or does not fit its own config.
+    Raises `BadInputError` for a file that is damaged, holds code, is of a newer version, or does not fit its
+    own config.
     """
     content = _load_plain(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
@@ -141,7 +145,9 @@ def _load_plain(path: Path) -> object:
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror or error}") from None
     if size == 0:
-        raise BadInputError(f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint")
+        raise BadInputError(
+            f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the formats that foreign files come in
@@ -150,19 +156,25 @@ def _load_plain(path: Path) -> object:
         text = str(error)
         if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
             raise BadInputError(
-                f"{path} is a pickle that wants to run code when it is opened; it was refused and nothing was executed. "
-                "hopeprobe reads plain tensors and data only: save a state dict"
+                f"{path} is a pickle that wants to run code when it is opened; it was refused and nothing was "
+                "executed. hopeprobe reads plain tensors and data only: save a state dict"
             ) from None
         if magic[:2] == b"PK":
             raise BadInputError(
                 f"{path} is damaged: it begins like a checkpoint but cannot be read to its end ({size} bytes). "
                 "It was cut off or changed; take another checkpoint of the run"
             ) from None
-        raise BadInputError(f"{path} is not a checkpoint: neither a torch file nor anything else that is known here") from None
+        raise BadInputError(
+            f"{path} is not a checkpoint: neither a torch file nor anything else that is known here"
+        ) from None
 
 
 def _without_prefix(weights: object) -> dict[str, Tensor]:
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    if (
+        not isinstance(weights, Mapping)
+        or not weights
+        or not all(isinstance(v, Tensor) for v in weights.values())
+    ):
         raise BadInputError("its weights are not a mapping from names to tensors")
     named = dict(weights)
     while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in named)), None):
@@ -179,7 +191,9 @@ def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
     if missing:
         parts.append(f"missing weights: {_some(missing)}")
     if unexpected:
-        parts.append(f"unexpected weights: {_some(unexpected)}{near_names(unexpected[0], missing or list(expected))}")
+        parts.append(
+            f"unexpected weights: {_some(unexpected)}{near_names(unexpected[0], missing or list(expected))}"
+        )
     if reshaped:
         k = reshaped[0]
         parts.append(f"{k} has shape {tuple(given[k].shape)}, expected {tuple(expected[k].shape)}"
@@ -189,7 +203,9 @@ def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
         if wrong:
             parts.append(f"{_some(wrong)} are not floating point")
         elif len({v.dtype for v in given.values()}) > 1:
-            parts.append(f"weights of several dtypes: {', '.join(sorted({str(v.dtype) for v in given.values()}))}")
+            parts.append(
+                f"weights of several dtypes: {', '.join(sorted({str(v.dtype) for v in given.values()}))}"
+            )
     if parts:
         raise BadInputError("the weights do not fit the configuration: " + "; ".join(parts))
 

@@ -1,7 +1,8 @@
 """The CMS: MLP levels written at different periods by the task's own gradient, combined by gates or in a chain.
 
 Level l: out = in + delta, delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out. Every p_l tokens
-Delta_l <- Delta_l - (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices. `gated` mixes the levels'
+Delta_l <- Delta_l - (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices. `gated`
+mixes the levels'
 outputs with learned per-token weights (the study's description); `chain` feeds level after level ("Nested Learning",
 arXiv 2512.24695, Eq. 70).
 """
@@ -61,13 +62,21 @@ class Level(nn.Module):
         def point(name: str, dims: str, equation: str, cadence: str = "tick") -> HookPoint:
             return registry.add(f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, True, equation))  # type: ignore[arg-type]
 
-        self.hook_in = point("hook_in", "batch pos d_model", "in: the residual stream (gated) or the level before (chain)")
-        self.hook_delta = point("hook_delta", "batch pos d_model", "delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out")
+        self.hook_in = point(
+            "hook_in", "batch pos d_model", "in: the residual stream (gated) or the level before (chain)"
+        )
+        self.hook_delta = point(
+            "hook_delta", "batch pos d_model", "delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out"
+        )
         self.hook_out = point("hook_out", "batch pos d_model", "out = in + delta")
         rule = f"every {spec.period} tokens: Delta <- Delta - (lr/{spec.period}) sum_t g_t dCE_t/dW"
         self.hook_write_gate = point("hook_write_gate", "batch pos", "g: 0 drops the token's own dCE_t")
-        self.hook_fast_in = point("hook_fast_in", "batch d_hidden d_model", f"W_in + Delta_in; {rule}", "write")
-        self.hook_fast_out = point("hook_fast_out", "batch d_model d_hidden", f"W_out + Delta_out; {rule}", "write")
+        self.hook_fast_in = point(
+            "hook_fast_in", "batch d_hidden d_model", f"W_in + Delta_in; {rule}", "write"
+        )
+        self.hook_fast_out = point(
+            "hook_fast_out", "batch d_model d_hidden", f"W_out + Delta_out; {rule}", "write"
+        )
 
     def init_state(self, batch: int) -> LevelState:
         """Fresh state: no difference to the meta weights, nothing accumulated."""
@@ -85,14 +94,24 @@ class Level(nn.Module):
         delta = _tappable(F.linear(hidden, self.w_out, self.b_out) + hidden @ state.w_out.mT)
         return self.hook_out(x + self.hook_delta(delta)), pre, delta, normed, hidden
 
-    def write(self, state: LevelState, tap: Tap, grad_pre: Tensor, grad_delta: Tensor, end: int, donated: bool = False) -> LevelState:
+    def write(
+        self,
+        state: LevelState,
+        tap: Tap,
+        grad_pre: Tensor,
+        grad_delta: Tensor,
+        end: int,
+        donated: bool = False,
+    ) -> LevelState:
         """Accumulate a tick's gated gradients; apply them when the position `end` completes a period.
 
         `donated` says that nobody needs `state` any more: it may be overwritten.
         """
         fresh = (grad_pre, tap.input, grad_delta, tap.hidden)
         held = (state.grad_hidden, state.input, state.grad_delta, state.hidden)
-        factors = fresh if held[0].shape[1] == 0 else tuple(torch.cat(p, 1) for p in zip(held, fresh, strict=True))
+        factors = (
+            fresh if held[0].shape[1] == 0 else tuple(torch.cat(p, 1) for p in zip(held, fresh, strict=True))
+        )
         if end % self.spec.period:
             return LevelState(state.w_in, state.w_out, *factors)
         step = -self.spec.learning_rate / self.spec.period
@@ -120,10 +139,17 @@ class CMS(nn.Module):
         self.mix_bias = None if self.chain else nn.Parameter(torch.empty(n))
         self.hook_mix: HookPoint | None = None
         if not self.chain:
-            spec = HookSpec(("batch", "pos", "level"), "tick", True, "mix = softmax(W_mix LayerNorm(in) + b_mix), sums to 1")
+            spec = HookSpec(
+                ("batch", "pos", "level"),
+                "tick",
+                True,
+                "mix = softmax(W_mix LayerNorm(in) + b_mix), sums to 1",
+            )
             self.hook_mix = registry.add(f"{prefix}.hook_mix", spec)
         rule = "out of the last level" if self.chain else "sum_l mix_l out_l"
-        self.hook_out = registry.add(f"{prefix}.hook_out", HookSpec(("batch", "pos", "d_model"), "tick", True, rule))
+        self.hook_out = registry.add(
+            f"{prefix}.hook_out", HookSpec(("batch", "pos", "d_model"), "tick", True, rule)
+        )
 
     def level_list(self) -> list[Level]:
         """Levels in the order of the configuration."""

@@ -48,9 +48,13 @@ class CMSLevel:
     def __post_init__(self) -> None:
         _check_positive(period=self.period)
         if not self.name.isidentifier():
-            raise BadInputError(f"CMS level name {self.name!r} must be a word (it becomes part of hook names)")
+            raise BadInputError(
+                f"CMS level name {self.name!r} must be a word (it becomes part of hook names)"
+            )
         if not self.learning_rate >= 0:
-            raise BadInputError(f"learning_rate of CMS level {self.name!r} is {self.learning_rate!r}, must be >= 0")
+            raise BadInputError(
+                f"learning_rate of CMS level {self.name!r} is {self.learning_rate!r}, must be >= 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class ModelConfig:
     eta_max: float = 1.0
     eta_bias: float | None = -3.0  # initial value of a slow parameter; None: no such parameter
     alpha_bias: float | None = 6.0  # likewise; sigmoid(6) retains 0.9975 a token
-    decay_target: Literal["init", "zero"] = "init"  # what fast weights decay towards: the meta weights or zero
+    decay_target: Literal["init", "zero"] = (
+        "init"  # what fast weights decay towards: the meta weights or zero
+    )
     proximal: bool = True  # divide the W1 step by 1 + eta |a|^2
     write_grad: Literal["through", "stop"] = "through"  # does the outer gradient flow through writes
     truncate_ticks: int = 0  # cut the outer gradient every so many ticks; 0: never
@@ -122,7 +128,9 @@ class ModelConfig:
         if len(set(names)) != len(names):
             raise BadInputError(f"CMS level names repeat: {', '.join(names)}")
         if self.variant == "transformer" and self.dim % (2 * self.heads):
-            raise BadInputError(f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})")
+            raise BadInputError(
+                f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
+            )
 
     @property
     def writes(self) -> bool:

@@ -20,9 +20,9 @@ from hopeprobe.model.cms import CMS, Tap
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import surprise_gate
 from hopeprobe.model.init import initialise
-from hopeprobe.model.loss import NO_TARGET, differentiable, score
+from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, differentiable, score
 from hopeprobe.model.selfmod import Generated, SelfMod, Weights
-from hopeprobe.model.state import LayerState, State, detach_state
+from hopeprobe.model.state import LayerState, State, detach_state, map_state
 
 
 class Output(NamedTuple):
@@ -62,7 +62,9 @@ class Block(nn.Module):
         self.attention: Attention | None = None
         dims = ("batch", "pos", "d_model")
         prefix = f"blocks.{index}"
-        self.hook_pre = registry.add(f"{prefix}.hook_resid_pre", HookSpec(dims, "tick", True, "x: what enters the block"))
+        self.hook_pre = registry.add(
+            f"{prefix}.hook_resid_pre", HookSpec(dims, "tick", True, "x: what enters the block")
+        )
         if config.writes:
             self.selfmod = SelfMod(config, registry, f"{prefix}.selfmod")
             mid = "x + selfmod(LayerNorm(x))" if config.residual else "selfmod(x)"
@@ -88,7 +90,12 @@ class Block(nn.Module):
         )
 
     def read(
-        self, x: Tensor, weights: tuple[Weights, ...] | None, state: LayerState, position: int, outer: bool = True
+        self,
+        x: Tensor,
+        weights: tuple[Weights, ...] | None,
+        state: LayerState,
+        position: int,
+        outer: bool = True,
     ) -> tuple[Tensor, _Made, LayerState]:
         """Read a tick; the state returned differs only in what reading itself moves (attention's cache)."""
         x = self.hook_pre(x)
@@ -105,6 +112,11 @@ class Block(nn.Module):
         x = self.hook_mid(x + out if self.config.residual else out)
         x, taps = cms.read(x, state.cms)
         return self.hook_post(x), _Made(generated, taps), state
+
+
+def _ours(state: State) -> State:
+    """A state that may be overwritten: a copy, unless an outer gradient forbids overwriting anyway."""
+    return state if torch.is_grad_enabled() else map_state(Tensor.clone, state)
 
 
 class HopeModel(Hooked, nn.Module):
@@ -175,15 +187,27 @@ class HopeModel(Hooked, nn.Module):
         """
         self._check_tokens(tokens)
         if tokens.shape[1] != self.config.tick:
-            raise BadInputError(f"step takes a tick of {self.config.tick} tokens, not {tokens.shape[1]}; see feed()")
+            raise BadInputError(
+                f"step takes a tick of {self.config.tick} tokens, not {tokens.shape[1]}; see feed()"
+            )
         targets = torch.cat([tokens[:, 1:], next_token[:, None]], dim=1)
-        tick = self._tick(self._prepared(), state, F.embedding(tokens, self.embed), targets)
-        return self._differentiable([tick], targets), tick.state
+        kept = self._keeping(targets)
+        tick = self._tick(self._prepared(), state, F.embedding(tokens, self.embed), targets, kept)
+        return self._differentiable([tick], [targets], kept), tick.state
 
-    def _tick(self, prepared: _Prepared, state: State, x: Tensor, targets: Tensor, donated: bool = False) -> _Tick:
+    def _tick(
+        self,
+        prepared: _Prepared,
+        state: State,
+        x: Tensor,
+        targets: Tensor,
+        kept: list[Tensor] | None,
+        donated: bool = False,
+    ) -> _Tick:
         """The primitive on embedded tokens (B, n <= C, d); a tick that is not complete is scored and not written.
 
-        `donated` says that the caller made `state` itself and needs it no more: without an outer gradient it is overwritten.
+        `donated` says that the caller made `state` itself and needs it no more: without an outer gradient it
+        is overwritten.
         """
         config = self.config
         outer = torch.is_grad_enabled()
@@ -204,7 +228,7 @@ class HopeModel(Hooked, nn.Module):
                 made.append(left)
                 layers.append(layer)
             final = self.norm(x)
-        flat, grads = score(final.detach().flatten(0, 1), self.embed, targets.flatten())
+        flat, grads = score(final.detach().flatten(0, 1), self.embed, targets.flatten(), kept)
         losses, grads = flat.view_as(targets), grads.view_as(final)
         losses = self.hook_surprise(losses)
         if config.writes:
@@ -212,7 +236,9 @@ class HopeModel(Hooked, nn.Module):
             gate = self.hook_gate(surprise_gate(losses, targets >= 0, config.surprise_threshold))
             complete = (targets >= 0).all(dim=1, keepdim=True)
             if writing:
-                layers = self._write(prepared, state, made, final, grads, gate * complete, layers, donated and not outer)
+                layers = self._write(
+                    prepared, state, made, final, grads, gate * complete, layers, donated and not outer
+                )
         if not outer:
             layers, final = list(detach_state(tuple(layers))), final.detach()
         return _Tick(final, losses, grads, State(tuple(layers), state.pending, state.position + n))
@@ -252,7 +278,7 @@ class HopeModel(Hooked, nn.Module):
     def _inner_gradients(
         self, final: Tensor, grads: Tensor, made: list[_Made], gates: list[list[Tensor]]
     ) -> list[list[tuple[Tensor, Tensor]]]:
-        """d sum_t g_t CE_t / d(pre-activation, delta) of every level; one backward for each distinct gate.
+        """D sum_t g_t CE_t / d(pre-activation, delta) of every level; one backward for each distinct gate.
 
         Only this tick's graph is walked: state is a constant. A tensor that an edit cut out of the graph counts as a
         constant, its gradient is zero.
@@ -265,6 +291,8 @@ class HopeModel(Hooked, nn.Module):
         for m in made:
             for tap in m.taps:
                 wanted[id(gates[tap.layer][tap.level])].append(tap)
+        # On a GPU the question would stall the stream; there a closed gate costs its zero gradient.
+        wanted = {key: taps for key, taps in wanted.items() if final.is_cuda or bool(distinct[key].any())}
         if not final.requires_grad:
             return out
         keep_graph = torch.is_grad_enabled()
@@ -282,17 +310,29 @@ class HopeModel(Hooked, nn.Module):
                 )
             for tap, pre, delta in zip(taps, found[::2], found[1::2], strict=True):
                 zero_pre, zero_delta = out[tap.layer][tap.level]
-                out[tap.layer][tap.level] = (zero_pre if pre is None else pre, zero_delta if delta is None else delta)
+                out[tap.layer][tap.level] = (
+                    zero_pre if pre is None else pre,
+                    zero_delta if delta is None else delta,
+                )
         return out
 
-    def _differentiable(self, ticks: list[_Tick], targets: Tensor) -> Tensor:
-        losses = torch.cat([t.losses for t in ticks], dim=1)
-        if not torch.is_grad_enabled():
-            return losses
-        final = torch.cat([t.final for t in ticks], dim=1)
-        grads = torch.cat([t.grads for t in ticks], dim=1)
-        flat = differentiable(final.flatten(0, 1), self.embed, losses.flatten(), grads.flatten(0, 1), targets.flatten())
-        return flat.view_as(losses)
+    def _keeping(self, targets: Tensor) -> list[Tensor] | None:
+        """Where `score` may leave its probabilities: only for an outer gradient, and only while they are small."""
+        wanted = torch.is_grad_enabled() and self.embed.requires_grad
+        return [] if wanted and targets.numel() * self.config.vocab_size <= KEPT_ELEMENTS else None
+
+    def _differentiable(self, ticks: list[_Tick], targets: list[Tensor], kept: list[Tensor] | None) -> Tensor:
+        losses = [t.losses for t in ticks]
+        if torch.is_grad_enabled():
+            # Tick after tick, as `score` saw the rows, so that the kept probabilities match.
+            rows = [torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(
+                *((t.final, t.losses, t.grads, y) for t, y in zip(ticks, targets, strict=True)), strict=True
+            )]  # fmt: skip
+            final, flat, grads, target = rows
+            flat = differentiable(final, self.embed, flat, grads, target, kept or [])
+            sizes = [t.losses.numel() for t in ticks]
+            losses = [f.view_as(t.losses) for f, t in zip(flat.split(sizes), ticks, strict=True)]
+        return torch.cat(losses, dim=1)
 
     # -- windows -------------------------------------------------------------------------------------------------
 
@@ -315,18 +355,23 @@ class HopeModel(Hooked, nn.Module):
         if lengths is not None:
             beyond = torch.arange(inputs.shape[1], device=tokens.device) >= lengths[:, None]
             targets = targets.masked_fill(beyond, NO_TARGET)
-        state = self.init_state(tokens.shape[0]) if state is None else state
-        if state.pending.shape[1]:
+        if state is None:
+            state = self.init_state(tokens.shape[0])
+        elif state.pending.shape[1]:
             raise BadInputError("the state holds tokens of an unfinished tick: continue it with feed()")
+        else:
+            state = _ours(state)
         prepared = self._prepared()
         embedded = F.embedding(inputs, self.embed)
-        ticks = []
+        kept = self._keeping(targets)
+        ticks, tick_targets = [], []
         for start in range(0, inputs.shape[1], self.config.tick):
             stop = start + self.config.tick
-            tick = self._tick(prepared, state, embedded[:, start:stop], targets[:, start:stop], donated=start > 0)
+            tick_targets.append(targets[:, start:stop])
+            tick = self._tick(prepared, state, embedded[:, start:stop], tick_targets[-1], kept, donated=True)
             ticks.append(tick)
             state = tick.state
-        return Output(self._differentiable(ticks, targets), targets >= 0, state)
+        return Output(self._differentiable(ticks, tick_targets, kept), targets >= 0, state)
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -339,18 +384,20 @@ class HopeModel(Hooked, nn.Module):
         self._check_tokens(tokens, minimum=0)
         waiting = torch.cat([state.pending, tokens], dim=1)
         size = self.config.tick
-        prepared = self._prepared()
+        prepared, kept = self._prepared(), self._keeping(waiting)
         ticks, targets = [], []
+        several = waiting.shape[1] > 2 * size
+        state = _ours(state) if several else state
         while waiting.shape[1] > size:
             targets.append(waiting[:, 1 : size + 1])
             embedded = F.embedding(waiting[:, :size], self.embed)
-            ticks.append(self._tick(prepared, state, embedded, targets[-1], donated=bool(ticks)))
+            ticks.append(self._tick(prepared, state, embedded, targets[-1], kept, donated=several))
             state = ticks[-1].state
             waiting = waiting[:, size:]
         state = state._replace(pending=waiting)
         if not ticks:
             return self.embed.new_empty(tokens.shape[0], 0), state
-        return self._differentiable(ticks, torch.cat(targets, dim=1)), state
+        return self._differentiable(ticks, targets, kept), state
 
     def finalize(self, state: State) -> Tensor:
         """Losses (B, n - 1) of the n tokens still pending; the last token has no target and no loss."""
@@ -358,7 +405,8 @@ class HopeModel(Hooked, nn.Module):
             return self.embed.new_empty(state.pending.shape[0], 0)
         targets = state.pending[:, 1:]
         x = F.embedding(state.pending[:, :-1], self.embed)
-        return self._differentiable([self._tick(self._prepared(), state, x, targets)], targets)
+        kept = self._keeping(targets)
+        return self._differentiable([self._tick(self._prepared(), state, x, targets, kept)], [targets], kept)
 
     def peek(self, state: State) -> Tensor:
         """Logits (B, n, V) after each pending token, read without writing: what generation samples from."""
@@ -373,8 +421,10 @@ class HopeModel(Hooked, nn.Module):
 
     def _check_tokens(self, tokens: Tensor, minimum: int = 1) -> None:
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < minimum:
-            raise BadInputError(f"tokens must be (batch, positions) integers, not {tuple(tokens.shape)} {tokens.dtype}")
-        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.config.vocab_size):
+            raise BadInputError(
+                f"tokens must be (batch, positions) integers, not {tuple(tokens.shape)} {tokens.dtype}"
+            )
+        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
             raise BadInputError(
                 f"token ids range over {int(tokens.min())}..{int(tokens.max())}, the vocabulary over "
                 f"0..{self.config.vocab_size - 1}: is this another tokenizer's text?"

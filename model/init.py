@@ -1,6 +1,7 @@
 """Initial weights as a pure function of configuration and seed.
 
-Every parameter draws from a generator of its own, seeded by the seed and the parameter's name: variants share the initial
+Every parameter draws from a generator of its own, seeded by the seed and the parameter's name: variants share
+the initial
 weights wherever names and shapes agree, and the step-0 weights of a run can be rebuilt from its checkpoint at any time.
 """
 
@@ -24,8 +25,8 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill all parameters in place.
 
     Matrices and biases are uniform on +-1/sqrt(fan in), PyTorch's own rule for linear and convolution layers, which the
-    published norms imply; the embedding is normal with `embed_std`; level mixing starts even; gate biases at their values.
-    Drawn in float64 and rounded, so that float32 and float64 models hold the same weights.
+    published norms imply; the embedding is normal with `embed_std`; level mixing starts even; gate biases at
+    their values. Drawn in float64 and rounded, so that float32 and float64 models hold the same weights.
     """
     for name, parameter in model.named_parameters():
         with torch.no_grad():

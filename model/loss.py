@@ -1,12 +1,13 @@
 """Cross-entropy under a tied embedding, with the gradient of every token's own loss at hand.
 
-The inner CMS gradient needs dCE_t/dh_t before the outer backward exists, and the outer backward needs the same vector:
-it is computed once, in the forward. The table's gradient is formed from logits computed again in blocks of rows, so no
-more than a few thousand rows of the vocabulary are held at any time.
+The inner CMS gradient needs dCE_t/dh_t before the outer backward exists, and the outer backward needs the same
+vector: it is computed once, in the forward. The table's gradient needs all probabilities: a small batch keeps them, a larger one
+computes them again in blocks of rows, so that memory stays bounded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 #: Logits held at once: 2^24 float32 numbers are 64 MiB.
 _BLOCK_ELEMENTS = 2**24
+#: Probabilities kept for the backward: up to 2^26 float32 numbers, 256 MiB; beyond, computed again.
+KEPT_ELEMENTS = 2**26
 
 #: A target that is not there: padding, or the last token of a stream.
 NO_TARGET = -1
@@ -25,7 +28,9 @@ def _blocks(n: int, vocabulary: int) -> list[slice]:
 
 
 @torch.no_grad()
-def score(hidden: Tensor, table: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def score(
+    hidden: Tensor, table: Tensor, target: Tensor, kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, and its gradient with respect to each token's own hidden vector.
 
     CE_t = logsumexp(E h_t) - E_{y_t} h_t;  dCE_t/dh_t = E^T softmax(E h_t) - E_{y_t}.
@@ -34,6 +39,7 @@ def score(hidden: Tensor, table: Tensor, target: Tensor) -> tuple[Tensor, Tensor
         hidden: (N, d).
         table: (V, d), the tied embedding E.
         target: (N,) int64; `NO_TARGET` gives loss 0 and gradient 0.
+        kept: takes the probabilities, (rows, V) a block, for `differentiable`.
 
     Returns:
         (N,) losses and (N, d) gradients, both outside any graph.
@@ -49,6 +55,8 @@ def score(hidden: Tensor, table: Tensor, target: Tensor) -> tuple[Tensor, Tensor
         losses[rows] = torch.where(scored, log_norm - picked, 0.0)
         probabilities = logits.sub_(log_norm[:, None]).exp_()
         grads[rows] = torch.where(scored[:, None], probabilities @ table - table[index], 0.0)
+        if kept is not None:
+            kept.append(probabilities)
     return losses, grads
 
 
@@ -56,8 +64,17 @@ class _Losses(torch.autograd.Function):
     """Losses already computed by `score`, put into the graph of `hidden` and `table`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, table: Tensor, losses: Tensor, grads: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        table: Tensor,
+        losses: Tensor,
+        grads: Tensor,
+        target: Tensor,
+        kept: list[Tensor],
+    ) -> Tensor:
         ctx.save_for_backward(hidden, table, grads, target)
+        ctx.kept = kept
         return losses.clone()
 
     @staticmethod
@@ -67,15 +84,27 @@ class _Losses(torch.autograd.Function):
         grad_hidden = upstream[:, None] * grads if ctx.needs_input_grad[0] else None
         grad_table = None
         if ctx.needs_input_grad[1]:
-            weight = torch.where(target >= 0, upstream, 0.0)
+            weighted = torch.where(target >= 0, upstream, 0.0)[:, None] * hidden
             grad_table = torch.zeros_like(table)
-            for rows in _blocks(hidden.shape[0], table.shape[0]):
-                probabilities = torch.softmax(hidden[rows] @ table.mT, dim=-1)
-                grad_table.addmm_(probabilities.mT, weight[rows, None] * hidden[rows])
-            grad_table.index_add_(0, target.clamp_min(0), weight[:, None] * hidden, alpha=-1)
-        return grad_hidden, grad_table, None, None, None
+            start = 0
+            for probabilities in ctx.kept or _again(hidden, table):
+                stop = start + probabilities.shape[0]
+                grad_table.addmm_(probabilities.mT, weighted[start:stop])
+                start = stop
+            grad_table.index_add_(0, target.clamp_min(0), weighted, alpha=-1)
+        return grad_hidden, grad_table, None, None, None, None
 
 
-def differentiable(hidden: Tensor, table: Tensor, losses: Tensor, grads: Tensor, target: Tensor) -> Tensor:
-    """The losses of `score` as a function of `hidden` and `table`; same values, first derivatives only."""
-    return _Losses.apply(hidden, table, losses, grads, target)  # type: ignore[no-any-return, no-untyped-call]
+def _again(hidden: Tensor, table: Tensor) -> Iterator[Tensor]:
+    for rows in _blocks(hidden.shape[0], table.shape[0]):
+        yield torch.softmax(hidden[rows] @ table.mT, dim=-1)
+
+
+def differentiable(
+    hidden: Tensor, table: Tensor, losses: Tensor, grads: Tensor, target: Tensor, kept: list[Tensor]
+) -> Tensor:
+    """The losses of `score` as a function of `hidden` and `table`; same values, first derivatives only.
+
+    `kept` holds what `score` kept, in the order of the rows, or nothing.
+    """
+    return _Losses.apply(hidden, table, losses, grads, target, kept)  # type: ignore[no-any-return, no-untyped-call]

@@ -1,7 +1,8 @@
 """The model as an executable reference: one sequence, one token at a time, nothing clever.
 
 Reads like the equations (design, section 3; "Nested Learning", arXiv 2512.24695, section 8). Inner gradients come from
-autograd, the delta rule is its plain recurrence, every memory has its own matrices. It is slow, meant for float64, and what
+autograd, the delta rule is its plain recurrence, every memory has its own matrices. It is slow, meant for
+float64, and what
 the fast path (`hope.py`, `selfmod.py`, `cms.py`, `write.py`) is tested against. No hooks fire here.
 """
 
@@ -28,7 +29,9 @@ class LayerTrace:
 
     meta: dict[str, MemoryWeights]
     fast: dict[str, MemoryWeights]
-    waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # k, v, eta, alpha of every token so far, after the gate
+    waiting: list[
+        tuple[Tensor, Tensor, Tensor, Tensor]
+    ]  # k, v, eta, alpha of every token so far, after the gate
     tail: Tensor  # (width - 1, d)
     cms_fast: list[dict[str, Tensor]]  # per level, full matrices "w_in" and "w_out", outside the graph
     cms_sum: list[dict[str, Tensor]]  # per level, the gradient accumulated since its last write
@@ -44,7 +47,9 @@ def _meta(selfmod: SelfMod) -> dict[str, MemoryWeights]:
     out = {}
     for name, module in selfmod.memories.items():
         memory = cast(Memory, module)
-        out[name] = {"w1": memory.w1, "w2": memory.w2} | ({"skip": memory.skip} if memory.skip is not None else {})
+        out[name] = {"w1": memory.w1, "w2": memory.w2} | (
+            {"skip": memory.skip} if memory.skip is not None else {}
+        )
     return out
 
 
@@ -74,7 +79,9 @@ def _selfmod_read(selfmod: SelfMod, trace: LayerTrace, x: Tensor) -> tuple[Tenso
     q = l2norm(memory_out(trace.fast["q"], u) if selfmod.w_q is None else u @ selfmod.w_q.mT)
     eta = memory_out(trace.fast["eta"], u)[:, 0] + (0.0 if selfmod.eta_bias is None else selfmod.eta_bias)
     eta = config.eta_max * (torch.sigmoid(eta) if config.eta_squash == "sigmoid" else F.softplus(eta))
-    alpha = memory_out(trace.fast["alpha"], u)[:, 0] + (0.0 if selfmod.alpha_bias is None else selfmod.alpha_bias)
+    alpha = memory_out(trace.fast["alpha"], u)[:, 0] + (
+        0.0 if selfmod.alpha_bias is None else selfmod.alpha_bias
+    )
     return memory_out(trace.fast["memory"], q), [k, v, eta, torch.sigmoid(alpha)]
 
 
@@ -86,12 +93,15 @@ def _objective(config: ModelConfig, w: MemoryWeights, k: Tensor, target: Tensor)
 
 
 def write_chunk(
-    config: ModelConfig, meta: MemoryWeights, start: MemoryWeights, tokens: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    config: ModelConfig,
+    meta: MemoryWeights,
+    start: MemoryWeights,
+    tokens: list[tuple[Tensor, Tensor, Tensor, Tensor]],
 ) -> MemoryWeights:
     """The delta rule over one chunk of one memory, token by token, all gradients at the chunk's start.
 
-    W_t = W' + alpha_t (W_{t-1} - W') - eta_t W_{t-1} k_t k_t^T - eta_t dL_t for matrices that read k, W' what decay goes
-    towards; W1 has no erase term, and by default the proximal step eta_t / (1 + eta_t |a_t|^2).
+    W_t = W' + alpha_t (W_{t-1} - W') - eta_t W_{t-1} k_t k_t^T - eta_t dL_t for matrices that read k, W' what
+    decay goes towards; W1 has no erase term, and by default the proximal step eta_t / (1 + eta_t |a_t|^2).
     """
     current = dict(start)
     for k, v, eta, alpha in tokens:
@@ -100,7 +110,9 @@ def write_chunk(
             target = l2norm(target)
         inner = {name: w * 1.0 for name, w in start.items()}
         loss = _objective(config, inner, k, target)
-        grads = dict(zip(inner, torch.autograd.grad(loss, list(inner.values()), create_graph=True), strict=True))
+        grads = dict(
+            zip(inner, torch.autograd.grad(loss, list(inner.values()), create_graph=True), strict=True)
+        )
         hidden = F.gelu(start["w2"] @ k)
         updated = {}
         for name, w in current.items():
@@ -115,9 +127,7 @@ def write_chunk(
     return current
 
 
-def _cms_read(
-    cms: CMS, levels: list[dict[str, Tensor]], x: Tensor
-) -> Tensor:
+def _cms_read(cms: CMS, levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
     outs = []
     current = x
     for level, w in zip(cms.level_list(), levels, strict=True):
@@ -152,7 +162,9 @@ def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[Lay
             x = x + out if config.residual else out
             made.append(generated)
             x = _cms_read(cms, seen[i], x)
-        tick_losses = F.cross_entropy(model.norm(x) @ model.embed.mT, targets[start : start + config.tick], reduction="none")
+        tick_losses = F.cross_entropy(
+            model.norm(x) @ model.embed.mT, targets[start : start + config.tick], reduction="none"
+        )
         losses.append(tick_losses)
         if len(x) == config.tick:
             gate = (tick_losses.detach() > config.surprise_threshold).to(x.dtype)
@@ -160,7 +172,9 @@ def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[Lay
     return torch.cat(losses), traces
 
 
-def _levels(model: HopeModel, i: int, traces: list[LayerTrace]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+def _levels(
+    model: HopeModel, i: int, traces: list[LayerTrace]
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     cms = cast(CMS, cast(Block, model.blocks[i]).cms)
     metas = [{"w_in": lv.w_in, "w_out": lv.w_out} for lv in cms.level_list()]
     return list(zip(metas, traces[i].cms_fast, strict=True))
@@ -189,9 +203,14 @@ def _write(
         for name in trace.fast:
             chunk = config.chunk_memory if name == "memory" else config.chunk
             if end % chunk == 0:
-                new = write_chunk(config, trace.meta[name], trace.fast[name], trace.waiting[end - chunk : end])
+                new = write_chunk(
+                    config, trace.meta[name], trace.fast[name], trace.waiting[end - chunk : end]
+                )
                 if config.write_grad == "stop":  # reads keep following the meta weights, one to one
-                    new = {n: w.detach() + (trace.meta[name][n] - trace.meta[name][n].detach()) for n, w in new.items()}
+                    new = {
+                        n: w.detach() + (trace.meta[name][n] - trace.meta[name][n].detach())
+                        for n, w in new.items()
+                    }
                 trace.fast[name] = new
         cms = cast(CMS, cast(Block, model.blocks[i]).cms)
         for level, (module, weights) in enumerate(zip(cms.level_list(), seen[i], strict=True)):

@@ -22,7 +22,7 @@ NORM_EPS = 1e-6
 
 
 def l2norm(x: Tensor) -> Tensor:
-    """x / max(|x|, 1e-6) over the last dimension."""
+    """X / max(|x|, 1e-6) over the last dimension."""
     return F.normalize(x, dim=-1, eps=NORM_EPS)
 
 
@@ -106,8 +106,12 @@ class SelfMod(nn.Module):
         self._add_hooks(registry, prefix, names)
 
     def _add_hooks(self, registry: HookRegistry, prefix: str, names: list[str]) -> None:
-        def point(name: str, dims: str, equation: str, cadence: str = "tick", editable: bool = True) -> HookPoint:
-            return registry.add(f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation))  # type: ignore[arg-type]
+        def point(
+            name: str, dims: str, equation: str, cadence: str = "tick", editable: bool = True
+        ) -> HookPoint:
+            return registry.add(
+                f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation)
+            )  # type: ignore[arg-type]
 
         norm_v = "v = l2norm(M_v(u))" if self.config.normalise_value else "v = M_v(u)"
         query = "q = l2norm(M_q(u))" if self.w_q is None else "q = l2norm(W_q u)"
@@ -121,7 +125,9 @@ class SelfMod(nn.Module):
         self.hook_eta = point("hook_eta", "batch pos", eta)
         alpha = f"alpha = sigmoid(M_alpha(u){bias_alpha}), before the gate"
         self.hook_alpha = point("hook_alpha", "batch pos", alpha)
-        self.hook_write_gate = point("hook_write_gate", "batch pos", "g; eta <- g eta, alpha <- 1 - g (1 - alpha)")
+        self.hook_write_gate = point(
+            "hook_write_gate", "batch pos", "g; eta <- g eta, alpha <- 1 - g (1 - alpha)"
+        )
         self.hook_assoc: dict[str, HookPoint] = {}
         self.hook_fast: dict[str, dict[str, HookPoint]] = {}
         objective = {"half-l2": "|M(k) - vhat|^2 / 2", "l2": "|M(k) - vhat|^2", "dot": "-<M(k), vhat>"}
@@ -129,11 +135,15 @@ class SelfMod(nn.Module):
             loss = f"L = {objective[self.config.objective]} at the fast weights the tick reads"
             self.hook_assoc[name] = point(f"{name}.hook_assoc_loss", "batch pos", loss, editable=False)
             after = "after the write: W_C = gamma_C W_0 - E^T diag(gamma_C/gamma_i) K"
-            fast = {"w1": "W1 " + after.replace("E^T", "(step dL/dout)^T").replace(" K", " gelu(W2 K)"), "w2": "W2 " + after}
+            fast = {
+                "w1": "W1 " + after.replace("E^T", "(step dL/dout)^T").replace(" K", " gelu(W2 K)"),
+                "w2": "W2 " + after,
+            }
             if name in SCALAR_MEMORIES:
                 fast["skip"] = "skip " + after
             self.hook_fast[name] = {
-                w: point(f"{name}.hook_fast_{w}", "batch out in", equation, cadence="write") for w, equation in fast.items()
+                w: point(f"{name}.hook_fast_{w}", "batch out in", equation, cadence="write")
+                for w, equation in fast.items()
             }
 
     def stacked(self) -> tuple[Weights, ...]:
@@ -164,7 +174,10 @@ class SelfMod(nn.Module):
             zeros = self.conv.new_zeros
             groups.append(
                 MemoryState(
-                    zeros(batch, m, d, d), zeros(batch, mv, d, d), zeros(batch, m - mv, d), zeros(batch, m - mv, d)
+                    zeros(batch, m, d, d),
+                    zeros(batch, mv, d, d),
+                    zeros(batch, m - mv, d),
+                    zeros(batch, m - mv, d),
                 )
             )
         tail = self.conv.new_zeros(batch, self.config.conv_width - 1, d)
@@ -181,7 +194,10 @@ class SelfMod(nn.Module):
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         fast = tuple(fast_weights(meta, group) for meta, group in zip(weights, state.groups, strict=True))
-        others, first = fast[0], 1 if len(fast) == 1 else 0  # where `memory` writes with the others it is stacked first
+        others, first = (
+            fast[0],
+            1 if len(fast) == 1 else 0,
+        )  # where `memory` writes with the others it is stacked first
         if self.w_q is None:
             q, first = _answer(u, others, first), first + 1
         else:
@@ -208,7 +224,12 @@ class SelfMod(nn.Module):
         squash = torch.sigmoid if self.config.eta_squash == "sigmoid" else F.softplus
         eta = self.hook_eta(self.config.eta_max * squash(raw_eta))
         alpha = self.hook_alpha(torch.sigmoid(raw_alpha))
-        return self.hook_k(l2norm(k)), self.hook_v(l2norm(v) if self.config.normalise_value else v), eta, alpha
+        return (
+            self.hook_k(l2norm(k)),
+            self.hook_v(l2norm(v) if self.config.normalise_value else v),
+            eta,
+            alpha,
+        )
 
     def _observe_losses(self, made: Generated) -> None:
         for names, fast in zip(self.group_names, made.fast, strict=True):
@@ -220,7 +241,9 @@ class SelfMod(nn.Module):
                 if not self.hook_assoc[name].active:
                     continue
                 j = i - predicted.shape[1]
-                got, want = (predicted[:, i], target[:, i]) if j < 0 else (part[..., j, None] for part in scalars)
+                got, want = (
+                    (predicted[:, i], target[:, i]) if j < 0 else (part[..., j, None] for part in scalars)
+                )
                 self.hook_assoc[name](self._objective(got, want))
 
     def _objective(self, predicted: Tensor, target: Tensor) -> Tensor:
@@ -243,7 +266,12 @@ class SelfMod(nn.Module):
         return (predicted - target) * (1.0 if self.config.objective == "half-l2" else 2.0)
 
     def write(
-        self, weights: tuple[Weights, ...], state: SelfModState, made: Generated, gate: Tensor, donated: bool = False
+        self,
+        weights: tuple[Weights, ...],
+        state: SelfModState,
+        made: Generated,
+        gate: Tensor,
+        donated: bool = False,
     ) -> SelfModState:
         """Write a tick's tokens into every group whose chunk is complete; keep the others pending.
 
@@ -261,10 +289,16 @@ class SelfMod(nn.Module):
         groups, pending = [], []
         for i, chunk in enumerate(self.group_chunks):
             held = state.pending[i]
-            tokens = fresh if held is None else Pending(*(torch.cat(p, 1) for p in zip(held, fresh, strict=True)))
+            tokens = (
+                fresh if held is None else Pending(*(torch.cat(p, 1) for p in zip(held, fresh, strict=True)))
+            )
             if tokens.k.shape[1] < chunk:
                 groups.append(state.groups[i])
                 pending.append(tokens)
+                continue
+            if not gate.is_cuda and not bool(tokens.eta.any()) and not bool(tokens.log_alpha.any()):
+                groups.append(state.groups[i])  # every gate closed: exactly nothing, and no work
+                pending.append(None)
                 continue
             written = self._write_group(weights[i], state.groups[i], made.fast[i], tokens, donated)
             groups.append(self._fire_fast(self.group_names[i], weights[i], written))
@@ -282,7 +316,9 @@ class SelfMod(nn.Module):
         pre, hidden = both.pre[:, :n], both.hidden[:, :n]
         n_vector = slope.shape[1]
 
-        back = torch.cat([(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2)
+        back = torch.cat(
+            [(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2
+        )
         push = torch.cat([(back * gelu_slope(pre)).flatten(2), slope_scalar], dim=-1)
         read = torch.cat([pre.flatten(2), k @ fast.skip.mT], dim=-1)
         read_meta = None
@@ -339,7 +375,9 @@ class SelfMod(nn.Module):
                 edited = point(shown)
                 if edited is not shown:
                     parts[field][index] = (edited[:, 0] if flat else edited) - base
-        return MemoryState(*(torch.stack(p, 1) if p else t for p, t in zip(parts.values(), state, strict=True)))
+        return MemoryState(
+            *(torch.stack(p, 1) if p else t for p, t in zip(parts.values(), state, strict=True))
+        )
 
 
 def fast_weights(meta: Weights, state: MemoryState) -> Weights:

@@ -14,7 +14,7 @@ from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_chec
 from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import freeze_hooks
-from hopeprobe.model.selfmod import Memory
+from hopeprobe.model.selfmod import Memory, SelfMod
 from hopeprobe.model.state import State, average_rows, select_rows
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
 
@@ -24,7 +24,9 @@ class HopeSubject(Subject):
 
     module: HopeModel
 
-    def __init__(self, model: HopeModel, checkpoint: Checkpoint | None = None, path: Path | None = None) -> None:
+    def __init__(
+        self, model: HopeModel, checkpoint: Checkpoint | None = None, path: Path | None = None
+    ) -> None:
         self.module = model
         self.checkpoint = checkpoint
         self.path = path
@@ -76,7 +78,8 @@ class HopeSubject(Subject):
             if selfmod is not None:
                 selfmod = selfmod._replace(groups=average_rows(selfmod.groups, weights))
             cms = tuple(
-                lv._replace(w_in=average_rows(lv.w_in, weights), w_out=average_rows(lv.w_out, weights)) for lv in layer.cms
+                lv._replace(w_in=average_rows(lv.w_in, weights), w_out=average_rows(lv.w_out, weights))
+                for lv in layer.cms
             )
             layers.append(layer._replace(selfmod=selfmod, cms=cms))
         return state._replace(layers=tuple(layers))
@@ -86,7 +89,7 @@ class HopeSubject(Subject):
         config = self.module.config
         if not config.writes:
             return {}
-        names = [n for n in cast(Any, self._block(0).selfmod).memories]
+        names = list(cast(SelfMod, self._block(0).selfmod).memories)
         periods = {f"selfmod.{n}": config.chunk_memory if n == "memory" else config.chunk for n in names}
         return periods | {f"cms.{level.name}": level.period for level in config.cms_levels}
 
@@ -160,7 +163,12 @@ class HopeSubject(Subject):
         if self.checkpoint is None:
             return {"steps": 0, "keys": len(self.module.state_dict())}
         train = self.checkpoint.train
-        return {**train, "steps": self.checkpoint.step, "keys": len(self.checkpoint.weights), "data": self.checkpoint.data}
+        return {
+            **train,
+            "steps": self.checkpoint.step,
+            "keys": len(self.checkpoint.weights),
+            "data": self.checkpoint.data,
+        }
 
 
 def load_subject(path: Path) -> HopeSubject | None:

@@ -1,7 +1,9 @@
 """Training: AdamW over packed windows, checkpoints on a schedule, metrics a line a step, resumable bit for bit.
 
-The data order is a function of seed and step, nothing in the forward pass draws random numbers, and a checkpoint holds the
-optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine and thread count).
+The data order is a function of seed and step, nothing in the forward pass draws random numbers, and a
+checkpoint holds the
+optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine and
+thread count).
 """
 
 from __future__ import annotations
@@ -51,7 +53,15 @@ class TrainConfig:
     eval_tokens: int = 8192
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "learning_rate", "clip", "checkpoint_every", "eval_every", "eval_tokens"):
+        for name in (
+            "steps",
+            "batch",
+            "learning_rate",
+            "clip",
+            "checkpoint_every",
+            "eval_every",
+            "eval_tokens",
+        ):
             if not getattr(self, name) > 0:
                 raise BadInputError(f"{name} is {getattr(self, name)!r}, must be above zero")
         for name in ("warmup", "seed", "weight_decay"):
@@ -75,7 +85,8 @@ class TrainConfig:
 class Progress(Protocol):
     """Told after every step; a progress bar, as a rule."""
 
-    def __call__(self, step: int, metrics: dict[str, float], /) -> None: ...
+    def __call__(self, step: int, metrics: dict[str, float], /) -> None:
+        """`step` is done; its line of `metrics.jsonl`."""
 
 
 @dataclass
@@ -153,11 +164,14 @@ def train(
 
     Raises:
         BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs.
-        DivergedError: the loss or a gradient is not finite; the message says where that began, the last good checkpoint stays.
+        DivergedError: the loss or a gradient is not finite; the message says where that began, the last good
+        checkpoint stays.
     """
     train_windows = TrainWindows(data, model_config.context, config.batch, config.seed)
     held_out = _held_out(data, model_config, config)
-    run = _resumed(model_config, config, data, folder) if resume else _fresh(model_config, config, data, folder)
+    run = (
+        _resumed(model_config, config, data, folder) if resume else _fresh(model_config, config, data, folder)
+    )
     due = config.checkpoint_steps()
     _write_run_json(run)
     if run.step == 0:
@@ -202,7 +216,9 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
     loss.backward()  # type: ignore[no-untyped-call]
     norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip))
     if not math.isfinite(norm):
-        bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        bad = [
+            n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        ]
         raise _diverged(run, step, f"the gradient is not finite, in {', '.join(bad[:3])}")
     run.optimizer.step()
     run.step = step
@@ -245,12 +261,16 @@ def _held_out(data: TokenData, model_config: ModelConfig, config: TrainConfig) -
     available = int((data.lengths("heldout") - 1).sum())
     if available < 1:
         return None
-    return EvalWindows(data, context=model_config.context, tokens=min(config.eval_tokens, available), batch=config.batch)
+    return EvalWindows(
+        data, context=model_config.context, tokens=min(config.eval_tokens, available), batch=config.batch
+    )
 
 
 def _fresh(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
     if run_checkpoints(folder):
-        raise BadInputError(f"{folder} holds a run already: continue it with --resume, or choose another --out")
+        raise BadInputError(
+            f"{folder} holds a run already: continue it with --resume, or choose another --out"
+        )
     model = HopeModel(model_config, config.seed)
     return Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
 
@@ -265,14 +285,20 @@ def _resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, fo
             raise BadInputError(f"{folder} holds no run to resume; start one without --resume")
         return dataclasses.replace(_restart(model_config, config, data, folder))
     if checkpoint.config != model_config:
-        raise BadInputError(f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}")
+        raise BadInputError(
+            f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}"
+        )
     before = {k: v for k, v in checkpoint.train.items() if k not in _MAY_CHANGE}
     now = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}
     if before != now:
         changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
-        raise BadInputError(f"{path} was trained in another way: {'; '.join(changed)}. Only {', '.join(_MAY_CHANGE)} may change")
+        raise BadInputError(
+            f"{path} was trained in another way: {'; '.join(changed)}. Only {', '.join(_MAY_CHANGE)} may change"
+        )
     if checkpoint.data.get("fingerprint") != data.identity()["fingerprint"]:
-        raise BadInputError(f"{path} was trained on {checkpoint.data.get('name')!r}, whose tokens differ from {data.name!r}")
+        raise BadInputError(
+            f"{path} was trained on {checkpoint.data.get('name')!r}, whose tokens differ from {data.name!r}"
+        )
     model = checkpoint.to_model()
     optimizer = make_optimizer(model, config)
     optimizer.load_state_dict(checkpoint.optimizer or {})
@@ -308,7 +334,9 @@ def _write_run_json(run: Run) -> None:
         "model": run.model.config.to_dict(),
         "train": dataclasses.asdict(run.config),
         "data": run.data.identity(),
-        "epochs": run.config.steps * run.config.batch / max(1, run.data.n_tokens("train") // run.model.config.context),
+        "epochs": run.config.steps
+        * run.config.batch
+        / max(1, run.data.n_tokens("train") // run.model.config.context),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "init_digest": run.init_digest,
     }
@@ -333,7 +361,9 @@ class _metrics_file:  # noqa: N801 - reads as the context manager it is
         self.file = self.path.open("a", encoding="utf-8")
 
         def write(metrics: dict[str, Any]) -> None:
-            plain = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()}
+            plain = {
+                k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()
+            }
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
 

@@ -1,0 +1,45 @@
+"""Probes: one question about a model each, one file each.
+
+base            the interface: `Probe`, `Accumulator`, `Quantity`, `Measurement`
+passes          one pass over the data that feeds all probes
+integrity       are these the trained weights?
+cms_similarity  do levels repeat each other?
+"""
+
+from __future__ import annotations
+
+from hopeprobe.errors import BadInputError, near_names
+
+from .base import Accumulator, Finding, Measurement, NullValue, Place, Probe, Quantity
+from .cms_similarity import CMSSimilarity
+from .integrity import Integrity
+
+PROBES: dict[str, Probe] = {
+    probe.name: probe
+    for probe in (
+        Integrity(),
+        CMSSimilarity(),
+    )
+}
+"""Every probe, by name, in the order in which reports show them."""
+
+
+def get_probe(name: str) -> Probe:
+    """Find the probe called `name`. Raises BadInputError, with the nearest names, when there is none."""
+    if name not in PROBES:
+        known = ", ".join(PROBES)
+        raise BadInputError(f"no probe is called {name!r}{near_names(name, PROBES)} (there are: {known})")
+    return PROBES[name]
+
+
+__all__ = [
+    "PROBES",
+    "Accumulator",
+    "Finding",
+    "Measurement",
+    "NullValue",
+    "Place",
+    "Probe",
+    "Quantity",
+    "get_probe",
+]

@@ -1,0 +1,22 @@
+"""Toy models: small enough for float64 and per-token loops, with everything in them that the real ones have."""
+
+import dataclasses
+
+from hopeprobe.model.config import CMSLevel, ModelConfig, published
+
+TOY = ModelConfig(vocab_size=37, dim=8, layers=2, context=64, heads=2, embed_std=0.5)
+
+CONFIGS = {
+    "default": TOY,
+    "published": published(TOY),
+    "chain": dataclasses.replace(TOY, cms_mode="chain"),
+    "three-levels": dataclasses.replace(
+        TOY, cms_levels=(CMSLevel("fast", 4), CMSLevel("mid", 8), CMSLevel("slow", 16, 0.3))
+    ),
+    "long-chunks": dataclasses.replace(TOY, chunk=16, chunk_memory=32),
+    "static-query": dataclasses.replace(TOY, query="static"),
+    "dot": dataclasses.replace(TOY, objective="dot"),
+    "decay-to-zero": dataclasses.replace(TOY, decay_target="zero"),
+    "stop": dataclasses.replace(TOY, write_grad="stop"),
+    "selective-gate": dataclasses.replace(TOY, surprise_threshold=3.6),
+}

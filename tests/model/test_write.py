@@ -1,0 +1,109 @@
+"""The closed-form chunk against a per-token loop in NumPy that shares no code with it."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hopeprobe.model.write import chunk_decay, gelu_slope, solve_errors
+
+
+def loop(w, meta, k, eta, alpha, push):
+    """W_t = W' + alpha (W_{t-1} - W') - eta (W_{t-1} k) k^T - eta U_t k^T, one token at a time, float64."""
+    for t in range(len(k)):
+        w = (
+            meta
+            + alpha[t] * (w - meta)
+            - eta[t] * np.outer(w @ k[t], k[t])
+            - eta[t] * np.outer(push[t], k[t])
+        )
+    return w
+
+
+def closed(w, meta, k, eta, alpha, push, towards_meta):
+    k, eta, push = torch.tensor(k)[None], torch.tensor(eta)[None], torch.tensor(push)[None]
+    decay = chunk_decay(k, eta, torch.tensor(alpha)[None].log())
+    w, meta = torch.tensor(w)[None], torch.tensor(meta)[None]
+    moving = w - meta if towards_meta else w
+    errors = solve_errors(decay, eta, push, k @ meta.mT if towards_meta else None, k @ moving.mT)
+    new = decay.end[:, None, None] * moving - errors.mT @ (decay.to_end[..., None] * k)
+    return (new + meta if towards_meta else new)[0].numpy()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 64),
+    st.integers(1, 12),
+    st.sampled_from([0.0, 0.3, 0.9, 0.9975, 1.0]),
+    st.floats(0.0, 1.5),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_chunk_equals_the_loop(n, d, least_alpha, top_eta, towards_meta, seed):
+    rng = np.random.default_rng(seed)
+    k = rng.normal(size=(n, d))
+    k /= np.linalg.norm(k, axis=1, keepdims=True)
+    eta = rng.uniform(0, top_eta, n)
+    alpha = rng.uniform(max(least_alpha, 1e-3), 1.0, n)
+    push, w, meta = rng.normal(size=(n, 5)), rng.normal(size=(5, d)), rng.normal(size=(5, d))
+    expected = loop(w, meta if towards_meta else 0 * meta, k, eta, alpha, push)
+    got = closed(w, meta, k, eta, alpha, push, towards_meta)
+    assert np.linalg.norm(got - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def test_a_closed_gate_is_exactly_nothing():
+    rng = np.random.default_rng(0)
+    k, push, w, meta = (rng.normal(size=s) for s in ((8, 4), (8, 5), (5, 4), (5, 4)))
+    got = closed(w, meta, k, np.zeros(8), np.ones(8), push, towards_meta=False)
+    assert (got == w).all()
+
+
+def test_a_strong_decay_over_a_long_chunk_stays_finite():
+    """0.01^512 underflows: only differences of log gamma may be exponentiated."""
+    k = torch.nn.functional.normalize(torch.randn(1, 512, 4, dtype=torch.float64), dim=-1)
+    eta, log_alpha = (
+        torch.full((1, 512), 0.5, dtype=torch.float64),
+        torch.full((1, 512), -4.6, dtype=torch.float64),
+    )
+    decay = chunk_decay(k, eta, log_alpha)
+    errors = solve_errors(
+        decay, eta, torch.ones(1, 512, 3, dtype=torch.float64), None, torch.ones(1, 512, 3).double()
+    )
+    assert errors.isfinite().all()
+    assert (decay.to_end <= 1).all()
+
+
+def test_gradients_of_the_closed_form():
+    torch.manual_seed(0)
+    k = torch.nn.functional.normalize(torch.randn(1, 5, 3, dtype=torch.float64), dim=-1).requires_grad_()
+    eta = torch.rand(1, 5, dtype=torch.float64).requires_grad_()
+    log_alpha = (-torch.rand(1, 5, dtype=torch.float64)).requires_grad_()
+    push = torch.randn(1, 5, 2, dtype=torch.float64).requires_grad_()
+
+    def write(k, eta, log_alpha, push):
+        decay = chunk_decay(k, eta, log_alpha)
+        return solve_errors(decay, eta, push, None, k[..., :2]).mT @ (decay.to_end[..., None] * k)
+
+    assert torch.autograd.gradcheck(write, (k, eta, log_alpha, push))
+
+
+def test_gelu_slope_is_the_derivative():
+    z = torch.linspace(-6, 6, 201, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(z).sum(), z)
+    assert torch.allclose(gelu_slope(z), expected, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32])
+def test_single_precision_keeps_its_digits(dtype):
+    rng = np.random.default_rng(3)
+    k = rng.normal(size=(64, 16))
+    k /= np.linalg.norm(k, axis=1, keepdims=True)
+    eta, alpha = rng.uniform(0, 0.1, 64), rng.uniform(0.99, 1, 64)
+    push, w = rng.normal(size=(64, 16)), rng.normal(size=(16, 16))
+    expected = loop(w, 0 * w, k, eta, alpha, push)
+    single = [torch.tensor(x, dtype=dtype)[None] for x in (k, eta, alpha, push, w)]
+    decay = chunk_decay(single[0], single[1], single[2].log())
+    errors = solve_errors(decay, single[1], single[3], None, single[0] @ single[4].mT)
+    got = decay.end[:, None, None] * single[4] - errors.mT @ (decay.to_end[..., None] * single[0])
+    assert np.linalg.norm(got[0].numpy() - expected) <= 2e-6 * np.linalg.norm(expected)
