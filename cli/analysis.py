@@ -1,0 +1,93 @@
+"""`hopeprobe analyze`: from options to results, in the format asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hopeprobe.analysis import analyze, missing_from
+from hopeprobe.cli.tables import result_tables
+from hopeprobe.cli.terminal import console, progress
+from hopeprobe.errors import BadInputError, MeasurementError, near_names
+from hopeprobe.probes import PROBES
+from hopeprobe.results import Results
+
+FORMATS = ("table", "json", "csv")
+
+
+def run_analysis(
+    checkpoints: list[Path],
+    *,
+    probes: list[str],
+    every: bool,
+    data: list[str],
+    tokens: int,
+    split: str,
+    carry: str,
+    batch: int | None,
+    output_format: str,
+    output: Path | None,
+    figures: Path | None,
+) -> int:
+    """Measure, write, and return the exit status: 3 when a measurement is missing."""
+    if output_format not in FORMATS:
+        hint = near_names(output_format, FORMATS)
+        raise BadInputError(f"--format is {output_format!r}, must be table, json or csv{hint}")
+    if output_format == "csv" and output is None:
+        raise BadInputError("--format csv writes two tables, results and nulls: name the file with --output")
+    if not probes and not every:
+        raise BadInputError(f"name a probe with --probe ({', '.join(PROBES)}), or take --all")
+    with progress() as report:
+        results = analyze(
+            checkpoints,
+            probes=list(PROBES) if every else probes,
+            data=data if len(data) > 1 else data[0],
+            tokens=tokens,
+            split=split,
+            carry=carry,
+            batch=batch,
+            progress=report,
+        )
+    write_results(results, output_format, output)
+    if figures is not None:
+        for path in save_figures(results, figures):
+            console(stderr=True).print(f"figure: {path}", highlight=False, soft_wrap=True)
+    return report_missing(results)
+
+
+def write_results(results: Results, output_format: str, output: Path | None) -> None:
+    """Print the results, or write them to a file."""
+    if output_format == "json" and output is None:
+        print(results.to_json())
+    elif output_format == "json" and output is not None:
+        results.write_json(output)
+    elif output_format == "csv" and output is not None:
+        results.write_csv(output)
+    elif output is None:
+        for table in result_tables(results):
+            console().print(table)
+    else:
+        from rich.console import Console
+
+        recorder = Console(record=True, width=150, file=None, quiet=True)
+        for table in result_tables(results):
+            recorder.print(table)
+        from hopeprobe.model.checkpoint import write_atomically
+
+        write_atomically(output, recorder.export_text().encode())
+
+
+def save_figures(results: Results, folder: Path) -> list[Path]:
+    """Every figure that these results allow."""
+    if not any(row.probe == "cms-similarity" for row in results.rows):
+        return []
+    from hopeprobe.plots import plot_similarity
+
+    return [plot_similarity(results, folder / "similarity.png")]
+
+
+def report_missing(results: Results) -> int:
+    """Say what could not be measured; 3 if anything, else 0."""
+    missing = missing_from(results)
+    for message in missing:
+        console(stderr=True).print(f"not measured: {message}", highlight=False, soft_wrap=True)
+    return MeasurementError.exit_code if missing else 0

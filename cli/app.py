@@ -1,0 +1,172 @@
+"""The commands. Each parses its options and hands over; what takes time to import is imported when a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="hopeprobe",
+    help="Mechanistic analysis of self-modifying memories: every number with its interval, its null and its verdict.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog="Add --debug to any command to see the traceback behind an error.",
+)
+
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        help="builtin, openwebtext, hf:NAME[:COLUMN], or a path to .txt, .jsonl or .parquet; may be repeated.",
+    ),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics.jsonl and run.json.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        import hopeprobe
+
+        typer.echo(f"hopeprobe {hopeprobe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    del version  # its callback did the work
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the run, the tables and the figures.")
+    ] = Path("hopeprobe-demo"),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 120,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
+) -> None:
+    """Train a tiny HOPE on text that ships with Python, run every probe, save tables and figures."""
+    from hopeprobe.cli.demo import run_demo
+
+    run_demo(out, steps, seed)
+
+
+@app.command()
+def train(
+    out: Out,
+    preset: Annotated[str, typer.Option("--preset", help="tiny, small or scaled.")] = "tiny",
+    variant: Annotated[str, typer.Option("--variant", help="full or transformer.")] = "full",
+    data: Data = ["builtin"],  # noqa: B006 - typer copies it
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps in total.")] = 2000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows a step.")] = 8,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of AdamW; default 3e-4, for tiny 3e-3.")
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="The rule of the public reproduction, which collapses.")
+    ] = False,
+    truncate_ticks: Annotated[
+        int, typer.Option("--truncate-ticks", min=0, help="Cut the outer gradient every N ticks; 0: never.")
+    ] = 0,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1, help="Steps.")] = 200,
+    eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps.")] = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
+) -> None:
+    """Train a model: checkpoints, one line of metrics a step, resumable."""
+    from hopeprobe.cli.training import run_training
+
+    run_training(
+        out,
+        preset_name=preset,
+        variant=variant,
+        data=data,
+        use_published=published,
+        truncate_ticks=truncate_ticks,
+        resume=resume,
+        steps=steps,
+        seed=seed,
+        batch=batch,
+        learning_rate=learning_rate,
+        checkpoint_every=checkpoint_every,
+        eval_every=eval_every,
+    )
+
+
+@app.command()
+def analyze(
+    checkpoints: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.")],
+    probe: Annotated[
+        list[str] | None, typer.Option("--probe", help="A probe's name; repeat it for several.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every probe.")] = False,
+    data: Data = ["builtin"],  # noqa: B006
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Scored tokens to measure on.")] = 32_768,
+    split: Annotated[str, typer.Option("--split", help="heldout, train or all documents.")] = "heldout",
+    carry: Annotated[
+        str, typer.Option("--carry", help="Fresh state at each window, or carried to the document's end.")
+    ] = "window",
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Windows at once; default by the model's context.")
+    ] = None,
+    output_format: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File to write instead of the terminal.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option("--figures", help="Folder to save figures in.")] = None,
+) -> None:
+    """Measure checkpoints with probes; every number has its interval, its nulls and a verdict."""
+    from hopeprobe.cli.analysis import run_analysis
+
+    code = run_analysis(
+        checkpoints,
+        probes=probe or [],
+        every=every,
+        data=data,
+        tokens=tokens,
+        split=split,
+        carry=carry,
+        batch=batch,
+        output_format=output_format,
+        output=output,
+        figures=figures,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def hooks(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="A name or glob, for instance '*.cms.*'.")
+    ] = None,
+    output_format: Annotated[str, typer.Option("--format", help="table or markdown.")] = "table",
+) -> None:
+    """List a model's hook points: dimensions, when they fire, whether they can be edited, what they hold."""
+    from hopeprobe.cli.listing import show_hooks
+
+    show_hooks(checkpoint, pattern, output_format)
+
+
+@app.command()
+def probes() -> None:
+    """List the probes and the question each answers."""
+    from hopeprobe.cli.listing import show_probes
+
+    show_probes()
+
+
+@app.command()
+def params() -> None:
+    """Parameter counts of each preset and variant, beside the published sizes."""
+    from hopeprobe.cli.listing import show_params
+
+    show_params()

@@ -1,0 +1,75 @@
+"""`hopeprobe hooks`, `probes` and `params`: what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from hopeprobe.cli.terminal import console
+from hopeprobe.errors import BadInputError
+
+#: The study's section 3: "~19M", "~73M", and its Transformer matched in size.
+PUBLISHED = {("small", "full"): "~19M", ("scaled", "full"): "~73.1M"}
+
+
+def show_hooks(checkpoint: Path, pattern: str | None, output_format: str) -> None:
+    """Print the registry of a checkpoint's model."""
+    from hopeprobe.hooks import describe, markdown_table, resolve
+    from hopeprobe.subject import load
+
+    points = load(checkpoint).module.hook_dict
+    if pattern is not None:
+        points = {name: points[name] for name in resolve(points, pattern)}
+    if output_format == "markdown":
+        print(markdown_table(points))
+        return
+    if output_format != "table":
+        raise BadInputError(f"--format is {output_format!r}, must be table or markdown")
+    table = Table(title=f"hook points of {checkpoint.name}", title_justify="left")
+    for column in ("name", "shape", "fires", "editable", "holds"):
+        table.add_column(column, no_wrap=column != "holds", overflow="fold")
+    for row in describe(points):
+        table.add_row(row.name, row.dims, row.cadence, "yes" if row.editable else "no", row.equation)
+    console().print(table, markup=False)
+
+
+def show_probes() -> None:
+    """Print the registry of probes."""
+    from hopeprobe.probes import PROBES
+
+    table = Table()
+    table.add_column("probe", no_wrap=True)
+    table.add_column("answers")
+    for name, probe in PROBES.items():
+        table.add_row(name, probe.question)
+    console().print(table)
+
+
+def show_params() -> None:
+    """Print parameter counts, embedding and rest, of each preset and variant."""
+    from hopeprobe.model.config import PRESETS, VARIANTS, preset
+    from hopeprobe.model.hope import HopeModel
+
+    table = Table(title="parameters (embedding tied to the head)", title_justify="left")
+    for column in ("preset", "variant", "dim", "layers", "context"):
+        table.add_column(column, justify="left" if column in ("preset", "variant") else "right")
+    for column in ("total", "embedding", "memories", "CMS", "rest", "published"):
+        table.add_column(column, justify="right")
+    for name in PRESETS:
+        for variant in VARIANTS:
+            config = preset(name, variant)
+            shapes = {k: v.numel() for k, v in HopeModel.shapes(config).items()}
+            embedding = shapes.pop("embed")
+            memories = sum(n for k, n in shapes.items() if ".selfmod." in k)
+            cms = sum(n for k, n in shapes.items() if ".cms." in k)
+            rest = sum(shapes.values()) - memories - cms
+            counts = (embedding + memories + cms + rest, embedding, memories, cms, rest)
+            table.add_row(
+                name,
+                variant,
+                *(str(n) for n in (config.dim, config.layers, config.context)),
+                *(f"{n / 1e6:.2f}M" if n else "–" for n in counts),
+                PUBLISHED.get((name, variant), "–"),
+            )
+    console().print(table)

@@ -1,0 +1,69 @@
+"""How things look: one console, a progress bar on a terminal and plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+#: Seconds between two plain lines where there is no terminal.
+_PLAIN_EVERY = 15.0
+#: Columns where the terminal does not say: tables go to files and logs whole.
+_PLAIN_WIDTH = 150
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that never wraps tables to 80 columns in a file."""
+    plain = Console(stderr=stderr)
+    return plain if plain.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+Report = Callable[[str, int, int], None]
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """Give a function `report(description, done, total)`; what it draws goes to standard error."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        yield _Lines(screen)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=screen) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def report(description: str, done: int, total: int) -> None:
+            bar.update(task, description=description, completed=done, total=total)
+
+        yield report
+
+
+class _Lines:
+    """Plain lines: one when a piece of work begins, one when it ends, and one now and then between."""
+
+    def __init__(self, screen: Console) -> None:
+        self.screen = screen
+        self.last = ("", -math.inf)
+
+    def __call__(self, description: str, done: int, total: int) -> None:
+        what = description.partition(":")[0]
+        now = time.monotonic()
+        if what != self.last[0] or done >= total or now - self.last[1] >= _PLAIN_EVERY:
+            self.screen.print(f"{description} {done}/{total}", highlight=False, soft_wrap=True)
+            self.last = (what, now)
+
+
+def number(value: float | None) -> str:
+    """Four significant digits; a dash where nothing was measured."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:.4g}"
+
+
+def interval(low: float, high: float) -> str:
+    """[low, high], or a dash."""
+    return "–" if math.isnan(low) else f"[{number(low)}, {number(high)}]"

@@ -1,0 +1,77 @@
+"""`hopeprobe train`: from options to a run, with a progress bar."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from hopeprobe.cli.terminal import Report, console, progress
+from hopeprobe.model.config import PRESET_LEARNING_RATE, preset, published
+from hopeprobe.model.train import Progress, Run, TrainConfig, train
+from hopeprobe.tokens import TokenData, TrainWindows, load_tokens
+
+
+def load_data(data: list[str], report: Report) -> TokenData:
+    """Tokenise, or take from the cache."""
+    return load_tokens(
+        data if len(data) > 1 else data[0],
+        progress=lambda documents, tokens: report(
+            f"tokenising: {tokens:,} tokens, document", documents, documents
+        ),
+    )
+
+
+def training_progress(report: Report, steps: int) -> Progress:
+    """What `train` calls after every step."""
+
+    def after(step: int, metrics: dict[str, float]) -> None:
+        text = f"training: loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, step"
+        report(text, step, steps)
+
+    return after
+
+
+def run_training(
+    out: Path,
+    *,
+    preset_name: str,
+    variant: str,
+    data: list[str],
+    use_published: bool,
+    truncate_ticks: int,
+    resume: bool,
+    steps: int,
+    seed: int,
+    batch: int,
+    learning_rate: float | None,
+    checkpoint_every: int,
+    eval_every: int,
+) -> Run:
+    """Train as the options say; say at the end what there is."""
+    config = preset(preset_name, variant)
+    config = published(config) if use_published else config
+    config = dataclasses.replace(config, truncate_ticks=truncate_ticks)
+    if learning_rate is None:
+        learning_rate = PRESET_LEARNING_RATE.get(preset_name, TrainConfig.learning_rate)
+    train_config = TrainConfig(
+        steps=steps,
+        seed=seed,
+        batch=batch,
+        learning_rate=learning_rate,
+        checkpoint_every=checkpoint_every,
+        eval_every=eval_every,
+    )
+    with progress() as report:
+        tokens = load_data(data, report)
+        epochs = TrainWindows(tokens, config.context, batch, seed).epochs(steps)
+        run = train(
+            config, train_config, tokens, out, resume=resume, progress=training_progress(report, steps)
+        )
+    screen = console()
+    screen.print(
+        f"{out}: {run.step} steps, {epochs:.2g} epochs of {tokens.name}", highlight=False, soft_wrap=True
+    )
+    screen.print(
+        f"next: hopeprobe analyze {out}/step-{run.step:06d}.pt --all", highlight=False, soft_wrap=True
+    )
+    return run

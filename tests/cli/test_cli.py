@@ -1,0 +1,286 @@
+"""The command line: what it prints and writes, its statuses, and one clear error for all that can be given wrong."""
+
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+
+def analyze(call, checkpoint, text, *more):
+    return call("analyze", checkpoint, "--data", text, "--split", "all", "--tokens", 4000, *more)
+
+
+def test_help_names_every_command(call):
+    done = call("--help")
+    assert done.code == 0
+    for command in ("demo", "train", "analyze", "hooks", "probes", "params"):
+        assert command in done.out
+
+
+def test_version(call):
+    assert call("--version").out.startswith("hopeprobe 0")
+
+
+def test_table_shows_values_nulls_and_verdicts(call, trained, text):
+    done = analyze(call, trained / "step-000003.pt", text, "--probe", "cms-similarity")
+    assert done.code == 0, done.err
+    for word in (
+        "output_cosine",
+        "delta_cosine",
+        "own-init",
+        "fresh-init",
+        "shuffled",
+        "analytic",
+        "verdict",
+        "95 %",
+    ):
+        assert word in done.out
+
+
+def test_an_untrained_checkpoint_is_called_so(call, trained, text, tmp_path):
+    out = tmp_path / "untrained.json"
+    done = analyze(call, trained / "step-000000.pt", text, "--all", "--format", "json", "--output", out)
+    assert done.code == 0, done.err
+    rows = json.loads(out.read_text())["results"]
+    assert {r["verdict"] for r in rows if r["probe"] == "integrity" and r["statistic"] == "frozen_loss"} == {
+        "untrained"
+    }
+    assert {r["verdict"] for r in rows if r["probe"] == "cms-similarity"} == {"at-init"}
+
+
+def test_json_is_one_strict_document_with_the_fingerprint(call, trained, text):
+    done = analyze(call, trained / "step-000003.pt", text, "--probe", "integrity", "--format", "json")
+    document = json.loads(done.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert {"schema_version", "hopeprobe", "torch", "checkpoint", "data", "results", "nulls"} <= set(document)
+    assert "fingerprint" in json.dumps(document["data"])
+
+
+def test_csv_is_two_tables(call, trained, text, tmp_path):
+    done = analyze(
+        call,
+        trained / "step-000003.pt",
+        text,
+        "--probe",
+        "cms-similarity",
+        "--format",
+        "csv",
+        "--output",
+        tmp_path / "r.csv",
+    )
+    assert done.code == 0, done.err
+    assert (tmp_path / "r.csv").read_text().startswith("probe,statistic,checkpoint,step,layer")
+    assert "null_kind" in (tmp_path / "r.nulls.csv").read_text()
+
+
+def test_table_to_a_file_and_a_figure(call, trained, text, tmp_path):
+    done = analyze(
+        call,
+        trained / "step-000003.pt",
+        text,
+        "--probe",
+        "cms-similarity",
+        "--output",
+        tmp_path / "t.txt",
+        "--figures",
+        tmp_path,
+    )
+    assert done.code == 0, done.err
+    assert "delta_cosine" in (tmp_path / "t.txt").read_text()
+    assert (tmp_path / "similarity.png").stat().st_size > 10_000
+
+
+def test_train_then_resume(call, text, tmp_path):
+    options = ("train", "--preset", "tiny", "--data", text, "--batch", 1, "--out", tmp_path / "run")
+    assert call(*options, "--steps", 1).code == 0
+    again = call(*options, "--steps", 2)
+    assert (again.code, "--resume" in again.err) == (2, True)
+    assert call(*options, "--steps", 2, "--resume").code == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    changed = call(*options, "--steps", 3, "--resume", "--learning-rate", 0.5)
+    assert changed.code == 2
+    assert "learning_rate was 0.003, is 0.5" in changed.err
+
+
+def test_hooks_probes_params(call, trained):
+    hooks = call("hooks", trained / "step-000003.pt", "--pattern", "*.cms.fast.*")
+    assert (hooks.code, "blocks.0.cms.fast.hook_delta" in hooks.out) == (0, True)
+    assert call("hooks", trained / "step-000003.pt", "--format", "markdown").out.startswith(
+        "| name | shape |"
+    )
+    assert "cms-similarity" in call("probes").out
+    params = call("params").out
+    assert all(size in params for size in ("~19M", "~73.1M", "23.13M", "80.37M"))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+BAD_FILES = ("empty", "half", "text", "pickle", "torch-code", "foreign", "missing", "folder")
+
+
+def bad_file(kind, folder, good):
+    path = folder / f"{kind}.pt"
+    content = good.read_bytes()
+    if kind == "empty":
+        path.touch()
+    elif kind == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "text":
+        path.write_text("not a checkpoint")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Evil(folder / "executed")))
+    elif kind == "torch-code":
+        torch.save({"format": "hopeprobe-hope", "x": Evil(folder / "executed")}, path)
+    elif kind == "foreign":
+        torch.save({"weight": torch.zeros(3)}, path)
+    elif kind == "folder":
+        path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+@pytest.mark.parametrize("command", ["analyze", "hooks"])
+def test_bad_checkpoint_files(call, trained, text, tmp_path, kind, command):
+    path = bad_file(kind, tmp_path, trained / "step-000003.pt")
+    more = ("--probe", "integrity", "--data", text, "--format", "json", "--output", tmp_path / "out.json")
+    done = call(command, path, *(more if command == "analyze" else ()))
+    assert done.code == 2
+    assert path.name in done.err
+    assert done.err.count("hopeprobe: ") == 1
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "executed").exists()
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_checkpoint_with_a_byte_changed_inside(call, trained, text, tmp_path):
+    """The zip's checksum sees a flipped bit in a weight; nothing may be measured on it."""
+    path = tmp_path / "flipped.pt"
+    content = bytearray((trained / "step-000003.pt").read_bytes())
+    with zipfile.ZipFile(trained / "step-000003.pt") as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    content[largest.header_offset + largest.file_size // 2] ^= 0x40
+    path.write_bytes(bytes(content))
+    done = call("analyze", path, "--probe", "integrity", "--data", text, "--split", "all", "--tokens", 500)
+    assert done.code == 2
+    assert "flipped.pt" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--probe", "cms-similarty"], "cms-similarity"),
+        (["--probe", "integrity", "--tokens", 10**9], "tokens"),
+        (["--probe", "integrity", "--split", "heldot"], "heldout"),
+        (["--probe", "integrity", "--format", "jsn"], "json"),
+        (["--probe", "integrity", "--format", "csv"], "--output"),
+        (["--probe", "integrity", "--carry", "windw"], "window"),
+        ([], "--all"),
+    ],
+)
+def test_bad_options_offer_what_was_meant(call, trained, text, options, expected):
+    done = call("analyze", trained / "step-000003.pt", "--data", text, *options)
+    assert done.code == 2
+    assert expected in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.txt", b""),
+        ("one.txt", b"a"),
+        ("latin.txt", "caf\xe9 ".encode("latin-1") * 50),
+        ("broken.jsonl", b'{"text": "a b c"'),
+    ],
+)
+def test_bad_text(call, trained, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    for command in (
+        ("analyze", trained / "step-000003.pt", "--probe", "integrity"),
+        ("train", "--steps", 1, "--out", tmp_path / "run"),
+    ):
+        done = call(*command, "--data", tmp_path / name)
+        assert done.code == 2
+        assert name in done.err
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_hook_name(call, trained):
+    done = call("hooks", trained / "step-000003.pt", "--pattern", "blocks.0.cms.fast.hook_detla")
+    assert done.code == 2
+    assert "hook_delta" in done.err
+
+
+def test_an_output_that_cannot_be_written(call, trained, text, tmp_path):
+    (tmp_path / "file").touch()
+    done = analyze(
+        call,
+        trained / "step-000003.pt",
+        text,
+        "--probe",
+        "integrity",
+        "--format",
+        "json",
+        "--output",
+        tmp_path / "file" / "out.json",
+    )
+    assert done.code == 2
+    assert "out.json" in done.err
+
+
+def test_debug_shows_the_traceback(call):
+    from hopeprobe.errors import BadInputError
+
+    with pytest.raises(BadInputError):
+        call("hooks", "nowhere.pt", "--debug")
+
+
+def test_divergence_is_status_4(call, text, tmp_path):
+    done = call(
+        "train",
+        "--data",
+        text,
+        "--steps",
+        40,
+        "--batch",
+        1,
+        "--learning-rate",
+        1e30,
+        "--out",
+        tmp_path / "run",
+    )
+    assert done.code == 4
+    assert "step" in done.err
+    assert "last good checkpoint" in done.err
+
+
+def test_an_interrupt_is_status_130(monkeypatch, call, text, tmp_path):
+    import hopeprobe.cli.training as training
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    assert call("train", "--data", text, "--out", tmp_path / "run").code == 130
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("hopeprobe", ("torch", "pandas", "datasets", "seaborn", "scipy")),
+        ("hopeprobe.cli.app", ("torch", "pandas", "datasets", "seaborn")),
+    ],
+)
+def test_what_starts_quickly_imports_little(module, forbidden):
+    code = f"import sys, {module}; print([m for m in {forbidden!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

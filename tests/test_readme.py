@@ -1,0 +1,76 @@
+"""The README, executed from top to bottom in an empty folder: every command and every snippet, in order."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks():
+    return BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_make_targets_exist():
+    """`make demo` runs `hopeprobe demo`, which is executed below; `make test` runs this."""
+    for line in [
+        ln for kind, text in blocks() if kind == "bash" for ln in text.splitlines() if ln.startswith("make ")
+    ]:
+        planned = subprocess.run(
+            ["make", "--dry-run", *line.split()[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        assert planned.returncode == 0, planned.stderr
+        assert {"demo": "hopeprobe demo", "test": "pytest"}[line.split()[1]] in planned.stdout
+
+
+def test_nothing_else_is_in_the_readme():
+    assert {kind for kind, _ in blocks()} == {"bash", "python"}
+    for kind, text in blocks():
+        assert kind == "python" or all(ln.startswith(("hopeprobe ", "make ")) for ln in text.splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_and_snippet(tmp_path):
+    """What the demo promises holds on the way: below the unigram model, norms in range, trained weights recognised."""
+    command = (
+        shlex.quote(sys.executable) + " -c 'import sys; from hopeprobe.cli import main; main(sys.argv[1:])'"
+    )
+    snippets, seconds = [], {}
+    for kind, text in blocks():
+        if kind == "python":
+            snippets.append(text)
+            continue
+        for line in text.splitlines():
+            if line.startswith("make "):
+                continue
+            started = time.monotonic()
+            call = [*shlex.split(command), *shlex.split(line)[1:]]
+            done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+            seconds[line] = time.monotonic() - started
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            assert done.stdout or "--output" in line, line
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(snippets)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    print({line: round(s) for line, s in seconds.items()})
+
+    demo = tmp_path / "hopeprobe-demo"
+    assert all((demo / name).stat().st_size > 10_000 for name in ("loss.png", "similarity.png"))
+    metrics = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
+    assert 0.5 < metrics[-1]["norm_ratio"] < 2
+    results = json.loads((demo / "results.json").read_text())
+    verdicts = {(r["probe"], r["statistic"]): r["verdict"] for r in results["results"]}
+    assert "untrained" not in verdicts.values()
+    loss = next(r["value"] for r in results["results"] if r["statistic"] == "frozen_loss")
+    unigram = next(n["value"] for n in results["nulls"] if n["null_kind"] == "unigram")
+    assert loss < unigram
+    assert any(r["verdict"] != "at-init" for r in results["results"] if r["probe"] == "cms-similarity")
