@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hopeprobe.analysis import analyze
     from hopeprobe.results import Results
     from hopeprobe.subject import Subject, load
 
@@ -22,10 +23,11 @@ except PackageNotFoundError:  # a source tree that was never installed
 _WHERE = {
     "Results": "hopeprobe.results",
     "Subject": "hopeprobe.subject",
+    "analyze": "hopeprobe.analysis",
     "load": "hopeprobe.subject",
 }
 
-__all__ = ["Results", "Subject", "__version__", "load"]
+__all__ = ["Results", "Subject", "__version__", "analyze", "load"]
 
 
 def __getattr__(name: str) -> Any:

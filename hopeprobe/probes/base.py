@@ -134,9 +134,7 @@ class Accumulator(ABC):
         self.moments: dict[str, GroupedMoments] = {}
 
     @abstractmethod
-    def update(
-        self, cache: Mapping[str, Tensor], losses: Tensor, scored: Tensor, batch: EvalBatch
-    ) -> None:
+    def update(self, cache: Mapping[str, Tensor], losses: Tensor, scored: Tensor, batch: EvalBatch) -> None:
         """Add one batch.
 
         cache: the probe's hook points, each [R, T, ...]. losses: [R, T] nats. scored: bool [R, T], the tokens

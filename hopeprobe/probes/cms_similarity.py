@@ -188,9 +188,9 @@ class LevelSimilarity(Accumulator):
                 )
             for a, level in enumerate(levels):
                 place = Place(f"{kind}_effective_rank", layer, level)
-                sources = partial(joint.single, a)
                 bounds, effect = (1.0, float(joint.dim)), RANK_EFFECT * joint.dim
-                found.append(Quantity(place, "dimensions", effective_rank_of, sources, bounds, effect))
+                spectrum = partial(joint.single, a)
+                found.append(Quantity(place, "dimensions", effective_rank_of, spectrum, bounds, effect))
         return found
 
     def remarks(self) -> Mapping[Place, tuple[Verdict | None, str]]:
@@ -253,7 +253,7 @@ class _JointMoments(GroupedMoments):
         self.dim = dim
         names = _NAMES[:levels]
         pairs = ["".join(pair) for pair in itertools.combinations_with_replacement(names, 2)]
-        super().__init__({name: (dim,) for name in names}, pairs)
+        super().__init__(dict.fromkeys(names, (dim,)), pairs)
 
     def update(self, vectors: Sequence[FloatArray], mask: BoolArray, group: IntArray) -> None:
         """Add the tokens under `mask`: one array [R, T, d] for each level."""
@@ -289,5 +289,7 @@ def _finite(cache: Mapping[str, Tensor], name: str, mask: BoolArray) -> FloatArr
     vectors = as_float64(cache[name])
     bad = int((mask & ~np.isfinite(vectors).all(axis=-1)).sum())
     if bad:
-        raise MeasurementError(f"{name} is not finite at {bad} of {int(mask.sum())} tokens: the model diverged")
+        raise MeasurementError(
+            f"{name} is not finite at {bad} of {int(mask.sum())} tokens: the model diverged"
+        )
     return vectors

@@ -1,0 +1,370 @@
+"""`analyze`: from checkpoints, probes and a text to rows with intervals, nulls and verdicts.
+
+One pass over the data for each model and condition feeds all probes. A probe that cannot be measured leaves
+its rows out and says why (`missing_from`); everything else is still there. Cost, in passes over the tokens:
+one for the checkpoint, one for its own initial weights, and K times 4,096 tokens for the fresh ones; the
+nulls are cached.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
+from hopeprobe.nulls import (
+    FRESH_TOKENS,
+    Beside,
+    NullCache,
+    Nulls,
+    fresh_init_values,
+    fresh_seeds,
+    own_init_estimates,
+    plain_values,
+)
+from hopeprobe.probes import PROBES, get_probe
+from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
+from hopeprobe.probes.passes import run_pass
+from hopeprobe.results import NullRow, ResultRow, Results
+from hopeprobe.stats import Evidence, Verdict, judge
+from hopeprobe.subject import MissingCapability, Subject, load
+from hopeprobe.tokens import EvalWindows, TokenData, load_tokens
+
+if TYPE_CHECKING:
+    from hopeprobe.tokens.sources import DataSpec
+
+Checkpoints: TypeAlias = "str | os.PathLike[str] | Subject | Iterable[str | os.PathLike[str] | Subject]"
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is being done, and how many batches of it are done and there are."""
+
+
+def analyze(
+    checkpoints: Checkpoints,
+    probes: str | Sequence[str | Probe] = ("cms-similarity",),
+    data: DataSpec | Sequence[DataSpec] | TokenData = "builtin",
+    tokens: int | None = 32_768,
+    split: str = "heldout",
+    carry: str = "window",
+    batch: int = 8,
+    fresh: int = 10,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Measure `probes` on `checkpoints` over the first `tokens` tokens of a split of `data`.
+
+    Args:
+        checkpoints: paths or subjects, one or several.
+        probes: names (or probes of your own); "all" takes every one.
+        data: what `hopeprobe.tokens.load_tokens` takes, or tokens that are loaded already.
+        tokens: how many targets to score, None for all of the split.
+        split: "heldout", "train" or "all".
+        carry: "window" starts afresh at each window of the model's context, "document" at each document.
+        batch: windows at a time; the results do not depend on it.
+        fresh: re-initialisations of the fresh-init null, 0 for none.
+        cache_dir: where tokens and nulls are kept.
+        progress: told what is being done.
+
+    Returns:
+        One row for each statistic, layer and component, its nulls beside it. `missing_from(results)` lists
+        what could not be measured.
+
+    Raises:
+        BadInputError: an unknown probe, a file that cannot be read, data that do not fit the model.
+        MeasurementError: nothing at all could be measured.
+
+    """
+    if fresh < 0 or fresh == 1:
+        raise BadInputError(
+            f"fresh is {fresh}; it takes at least two re-initialisations, or 0 for no such null"
+        )
+    chosen = _probes(probes)
+    loaded: dict[str, TokenData] = {}
+    results, described = Results(), []
+    given = _as_list(checkpoints)
+    labels = _labels(given)
+    for checkpoint in given:
+        if not isinstance(checkpoint, Subject) and not Path(checkpoint).is_file():
+            load(Path(checkpoint))  # says what is wrong, before hours are spent on the others
+    for checkpoint, label in zip(given, labels, strict=True):
+        subject = checkpoint if isinstance(checkpoint, Subject) else load(Path(checkpoint))
+        if isinstance(data, TokenData):
+            text = data
+        else:
+            if subject.tokenizer not in loaded:
+                loaded[subject.tokenizer] = load_tokens(
+                    data, tokenizer=subject.tokenizer, cache_dir=cache_dir
+                )
+            text = loaded[subject.tokenizer]
+        _check_vocabulary(subject, text)
+        windows = EvalWindows(text, split, context=subject.context, tokens=tokens, batch=batch, carry=carry)
+        run = _Run(subject, label, windows, fresh, NullCache.default(cache_dir), progress)
+        run.measure(chosen)
+        results.extend(run.rows, run.null_rows)
+        described.append(run.describe())
+        results.data = _describe_data(windows)
+    results.checkpoint = described[0] if len(described) == 1 else {"checkpoints": described}
+    missing = missing_from(results)
+    if missing and all(math.isnan(row.value) for row in results.rows):
+        raise MeasurementError("nothing could be measured: " + "; ".join(missing))
+    return results
+
+
+def missing_from(results: Results) -> list[str]:
+    """List what could not be measured, one sentence each; empty when everything was."""
+    several = results.checkpoint.get("checkpoints", [results.checkpoint])
+    return [message for one in several for message in one.get("missing", ())]
+
+
+@dataclass
+class _Run:
+    """The analysis of one checkpoint."""
+
+    subject: Subject
+    label: str
+    windows: EvalWindows
+    fresh: int
+    cache: NullCache
+    progress: Progress | None
+    missing: list[str] = field(default_factory=list)
+    rows: list[ResultRow] = field(default_factory=list)
+    null_rows: list[NullRow] = field(default_factory=list)
+    own_init: str = "known"
+
+    def measure(self, probes: Sequence[Probe]) -> None:
+        """Fill `rows`, `null_rows` and `missing`."""
+        initial = self._initial()
+        fitting = [probe for probe in probes if self._applies(probe)]
+        findings: dict[str, list[Finding]] = {probe.name: [] for probe in fitting}
+        for condition in dict.fromkeys(c for probe in fitting for c in probe.conditions):
+            wanting = [probe for probe in fitting if condition in probe.conditions]
+            for name, found in self._of_tokens(wanting, condition, initial).items():
+                findings[name] += found
+        for probe in fitting:
+            try:
+                found = [*findings[probe.name], *map(Finding, probe.of_weights(self.subject, initial))]
+                self._judge(probe, probe.review(self.subject, found))
+            except MeasurementError as error:
+                self._miss(probe.name, "", str(error))
+
+    def describe(self) -> dict[str, Any]:
+        """What results record about the checkpoint."""
+        subject = self.subject
+        try:
+            identity = json.dumps(subject.identity(), sort_keys=True, default=str)
+            digest = hashlib.sha256(identity.encode()).hexdigest()
+        except MissingCapability:
+            digest = None
+        return {
+            "name": self.label,
+            "path": str(subject.path) if subject.path else None,
+            "step": subject.step,
+            "seed": subject.seed,
+            "identity": digest,
+            "own_init": self.own_init,
+            "missing": self.missing,
+        }
+
+    def _initial(self) -> Subject | None:
+        try:
+            return self.subject.own_init()
+        except HopeprobeError as error:  # a damaged step-0 file is no reason not to measure the checkpoint
+            self.own_init = f"absent: {error}"
+            return None
+
+    def _applies(self, probe: Probe) -> bool:
+        try:
+            reason = probe.applies(self.subject)
+        except MissingCapability as error:
+            reason = str(error)
+        if reason is not None:
+            for condition in probe.conditions:
+                self._not_applicable(probe, condition, reason)
+        return reason is None
+
+    def _not_applicable(self, probe: Probe, condition: str, reason: str) -> None:
+        for statistic in probe.statistics:
+            nothing = value_without_tokens(math.nan)
+            verdict = Verdict.NOT_APPLICABLE
+            found = Measurement(Place(statistic), condition, "", nothing, override=verdict, note=reason)
+            self._judge(probe, [Finding(found)])
+
+    def _of_tokens(
+        self, probes: Sequence[Probe], condition: str, initial: Subject | None
+    ) -> dict[str, list[Finding]]:
+        """Measure one condition, then its nulls; accumulators are let go before the next model is run."""
+        try:
+            measured = run_pass(
+                self.subject, self.windows, probes, condition, self._told(f"{self.label}, {condition}")
+            )
+        except MissingCapability as error:
+            for probe in probes:
+                self._not_applicable(probe, condition, str(error))
+            return {}
+        for name, reason in measured.failed.items():
+            self._miss(name, condition, reason)
+        found: dict[str, list[Measurement]] = {}
+        for name in list(measured.accumulators):
+            try:
+                found[name] = measured.accumulators.pop(name).measurements()
+            except MeasurementError as error:
+                self._miss(name, condition, str(error))
+        probes = [probe for probe in probes if probe.name in found]
+        own = Nulls()
+        if initial is None:
+            own.failed = dict.fromkeys(found, self.own_init)
+        elif probes:
+            told = self._told(f"{self.label}, own-init, {condition}")
+            own = own_init_estimates(initial, self.windows, probes, condition, self.cache, told)
+        prefix, fresh = self._fresh(probes, condition, found)
+        beside = Beside(self.subject, self.windows, initial is not None, own, self.fresh, prefix, fresh)
+        return {probe.name: [beside.finding(probe, row) for row in found[probe.name]] for probe in probes}
+
+    def _fresh(
+        self, probes: Sequence[Probe], condition: str, found: Mapping[str, Sequence[Measurement]]
+    ) -> tuple[Nulls, list[Nulls]]:
+        """Evaluate the checkpoint and the fresh re-initialisations on the same few tokens."""
+        prefix = Nulls()
+        if not (self.fresh and probes):
+            return prefix, []
+        windows = self.windows
+        if windows.n_tokens <= FRESH_TOKENS:
+            prefix.values = {name: {row.place: row.estimate.plug_in for row in found[name]} for name in found}
+        else:
+            windows = windows.take(FRESH_TOKENS)
+            prefix = plain_values(self.subject, windows, probes, condition)
+        fresh = []
+        for i, seed in enumerate(fresh_seeds(self.fresh, self.subject.seed)):
+            told = self._told(f"{self.label}, fresh-init {i + 1}/{self.fresh}, {condition}")
+            try:
+                fresh.append(
+                    fresh_init_values(self.subject, seed, windows, probes, condition, self.cache, told)
+                )
+            except MissingCapability as error:
+                prefix.failed |= {probe.name: str(error) for probe in probes}
+                return prefix, []
+        return prefix, fresh
+
+    def _judge(self, probe: Probe, findings: Iterable[Finding]) -> None:
+        """Apply the rule, per statistic and condition, and append the rows."""
+        together: dict[tuple[str, str], list[Finding]] = {}
+        for finding in findings:
+            row = finding.measurement
+            together.setdefault((row.place.statistic, row.condition), []).append(finding)
+        for family in together.values():
+            evidence = [
+                Evidence(
+                    f.measurement.estimate,
+                    f.difference,
+                    f.fresh,
+                    f.measurement.override or f.override,
+                    "; ".join(filter(None, (f.measurement.note, f.note))),
+                )
+                for f in family
+            ]
+            judgements = judge(evidence, max(f.measurement.smallest_effect for f in family))
+            for finding, judgement in zip(family, judgements, strict=True):
+                row, estimate = finding.measurement, finding.measurement.estimate
+                key = self._key(probe, row)
+                self.rows.append(
+                    ResultRow(
+                        **key,
+                        value=estimate.value,
+                        unit=row.unit,
+                        ci_low=estimate.ci_low,
+                        ci_high=estimate.ci_high,
+                        n_tokens=estimate.n,
+                        n_groups=estimate.n_groups,
+                        dtype=self.subject.dtype,
+                        min_detectable=judgement.min_detectable,
+                        p=judgement.p,
+                        q=judgement.q,
+                        verdict=judgement.verdict,
+                        note=judgement.note,
+                    )
+                )
+                for null in finding.nulls or row.nulls:
+                    columns = {f.name: getattr(null, f.name) for f in dataclasses.fields(null)}
+                    self.null_rows.append(NullRow(**key, null_kind=columns.pop("kind"), **columns))
+
+    def _key(self, probe: Probe, row: Measurement) -> dict[str, Any]:
+        where = row.place._asdict()
+        return {
+            "probe": probe.name,
+            "checkpoint": self.label,
+            "step": self.subject.step,
+            "condition": row.condition,
+            **where,
+        }
+
+    def _miss(self, name: str, condition: str, reason: str) -> None:
+        self.missing.append(f"{self.label}: {name}{f' ({condition})' if condition else ''}: {reason}")
+
+    def _told(self, what: str) -> Callable[[int, int], None] | None:
+        progress = self.progress
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+
+def _probes(names: str | Sequence[str | Probe]) -> list[Probe]:
+    if isinstance(names, str):
+        names = tuple(PROBES) if names == "all" else (names,)
+    chosen = [probe if isinstance(probe, Probe) else get_probe(probe) for probe in names]
+    if not chosen:
+        raise BadInputError(f"no probe was asked for (there are: {', '.join(PROBES)})")
+    return list({probe.name: probe for probe in chosen}.values())
+
+
+def _as_list(checkpoints: Checkpoints) -> list[str | os.PathLike[str] | Subject]:
+    if isinstance(checkpoints, str | os.PathLike | Subject):
+        return [checkpoints]
+    given = list(checkpoints)
+    if not given:
+        raise BadInputError("no checkpoint was given")
+    return given
+
+
+def _labels(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[str]:
+    """Name each checkpoint once: by its file, with as many folders as it takes to tell two apart."""
+    paths = [c.path if isinstance(c, Subject) else Path(c) for c in checkpoints]
+    names = [c.name if isinstance(c, Subject) else Path(c).name for c in checkpoints]
+    for depth in range(2, 1 + max((len(p.parts) for p in paths if p), default=1)):
+        twice = {name for name, count in Counter(names).items() if count > 1}
+        for i, path in enumerate(paths):
+            if path is not None and names[i] in twice:
+                names[i] = "/".join(path.parts[-depth:])
+    if len(set(names)) < len(names):
+        same = sorted(name for name, count in Counter(names).items() if count > 1)
+        raise BadInputError(f"two checkpoints have one name: {', '.join(same)}")
+    return names
+
+
+def _check_vocabulary(subject: Subject, data: TokenData) -> None:
+    if subject.tokenizer != data.tokenizer:
+        raise BadInputError(
+            f"{subject.name} reads tokens of {subject.tokenizer!r}, {data.name} was tokenised by "
+            f"{data.tokenizer!r}"
+        )
+    if subject.vocab_size < data.vocab_size:
+        raise BadInputError(
+            f"{subject.name} has a vocabulary of {subject.vocab_size}, {data.name} has tokens up to "
+            f"{data.vocab_size - 1}: another tokenizer's text?"
+        )
+
+
+def _describe_data(windows: EvalWindows) -> dict[str, Any]:
+    return {
+        **windows.data.identity(),
+        "split": windows.split,
+        "tokens": windows.n_tokens,
+        "windows": windows.fingerprint,
+        "documents": windows.n_documents,
+        "groups": windows.n_groups,
+        "carry": windows.carry,
+    }

@@ -1,0 +1,330 @@
+"""The nulls that take a run of another model: own-init and fresh-init, cached on disk.
+
+own-init: every row on the run's own step-0 weights, all tokens, with the influences that a paired difference
+needs. fresh-init: the plain values on K re-initialisations, on a prefix of the tokens.
+
+A cache file is named by the SHA-256 of what it depends on, written whole, and carries a digest of its
+content: one that is damaged is computed again, never trusted. Files may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import uuid
+import warnings
+from dataclasses import dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+from scipy.special import stdtrit
+
+from hopeprobe.errors import MeasurementError
+from hopeprobe.probes.base import Finding, NullValue, Place
+from hopeprobe.probes.passes import run_pass
+from hopeprobe.results import SCHEMA_VERSION
+from hopeprobe.stats import Estimate, FreshInit, Verdict, paired_difference
+from hopeprobe.subject import MissingCapability
+from hopeprobe.tokens.cache import default_cache_dir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from hopeprobe.probes.base import Accumulator, Measurement, Probe
+    from hopeprobe.subject import Subject
+    from hopeprobe.tokens import EvalWindows
+
+OnBatch: TypeAlias = "Callable[[int, int], None]"
+"""Called with the batches done and in all."""
+
+FRESH_TOKENS = 4096
+"""Most tokens that a fresh re-initialisation is measured on."""
+
+
+class NullCache:
+    """Plain data on disk under `folder`/nulls, found again by a key of plain data; None keeps nothing."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self.folder = Path(folder).expanduser() / "nulls" if folder is not None else None
+
+    @classmethod
+    def default(cls, folder: str | os.PathLike[str] | None = None) -> NullCache:
+        """Open the cache in `folder`, by default where tokens are kept too."""
+        return cls(default_cache_dir() if folder is None else folder)
+
+    def path(self, key: Mapping[str, Any]) -> Path | None:
+        """Name the file of a key."""
+        return None if self.folder is None else self.folder / f"{_digest(key)}.json"
+
+    def load(self, key: Mapping[str, Any]) -> Any | None:
+        """Return what was saved under this key; None when there is nothing, or it is damaged."""
+        path = self.path(key)
+        if path is None:
+            return None
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            payload = document["payload"]
+            sound = document["sha256"] == _digest({"key": key, "payload": payload})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return payload if sound else None
+
+    def save(self, key: Mapping[str, Any], payload: Any) -> None:
+        """Keep plain data under this key; where the disk refuses, a warning is all that happens."""
+        path = self.path(key)
+        if path is None:
+            return
+        content = _canonical({"payload": payload, "sha256": _digest({"key": key, "payload": payload})})
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(content, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            warnings.warn(
+                f"nulls cannot be cached in {path.parent} ({error.strerror or error}); they are computed anew "
+                "each time",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.folder = None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@dataclass
+class Nulls:
+    """Per probe, a number or an estimate for each place; a reason for each probe that could not be measured."""
+
+    values: dict[str, dict[Place, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Everything that the measurements of one pass are set beside.
+
+    has_own_init: whether the run's own initial model is known; own: its estimates, or why there are none.
+    asked: how many fresh re-initialisations were asked for; prefix: the checkpoint on the tokens that they
+    are measured on.
+    """
+
+    subject: Subject
+    windows: EvalWindows
+    has_own_init: bool
+    own: Nulls
+    asked: int
+    prefix: Nulls
+    fresh: Sequence[Nulls]
+
+    def finding(self, probe: Probe, row: Measurement) -> Finding:
+        """Set a measurement beside its nulls; one that is missing is said to be, and is never made up."""
+        notes: list[str] = []
+        nulls: list[NullValue] = []
+        difference, comparable = self._own(probe.name, row, notes, nulls)
+        fresh = self._fresh(probe.name, row.place, notes, nulls)
+        nulls += [*row.nulls, *probe.reference_nulls(row.place, self.subject, self.windows)]
+        # Without the paired test fresh-init would decide alone, although there is an own-init.
+        override = None if comparable else Verdict.INCONCLUSIVE
+        return Finding(row, difference, fresh, tuple(nulls), override, "; ".join(notes))
+
+    def _own(
+        self, name: str, row: Measurement, notes: list[str], nulls: list[NullValue]
+    ) -> tuple[Estimate | None, bool]:
+        start = self.own.values.get(name, {}).get(row.place)
+        if start is None:
+            reason = self.own.failed.get(name, "it has no such row")
+            notes.append(f"own-init {f'not measured: {reason}' if self.has_own_init else reason}")
+            return None, not self.has_own_init
+        nulls.append(NullValue("own-init", start.value, start.ci_low, start.ci_high, start.n))
+        try:
+            return paired_difference(row.estimate, start), True
+        except MeasurementError as error:
+            notes.append(f"not comparable with own-init: {error}")
+            return None, False
+
+    def _fresh(self, name: str, place: Place, notes: list[str], nulls: list[NullValue]) -> FreshInit | None:
+        if not self.asked:
+            return None
+        values = [one.values.get(name, {}).get(place, math.nan) for one in self.fresh]
+        here = self.prefix.values.get(name, {}).get(place, math.nan)
+        if not (values and all(map(math.isfinite, (*values, here)))):
+            reasons = [one.failed.get(name) for one in (self.prefix, *self.fresh)]
+            reason = next(filter(None, reasons), "the statistic is not defined on every re-initialisation")
+            notes.append(f"fresh-init not measured: {reason}")
+            return None
+        null = FreshInit(tuple(values), here)
+        half = float(stdtrit(null.df, 0.975)) * null.prediction_se
+        nulls.append(NullValue("fresh-init", null.mean, null.mean - half, null.mean + half, len(values)))
+        if self.windows.n_tokens > FRESH_TOKENS:
+            notes.append(f"fresh-init on the first {FRESH_TOKENS} tokens, where this is {here:.4g}")
+        return null
+
+
+def fresh_seeds(k: int, run_seed: int | None) -> list[int]:
+    """K fixed seeds, none of them the run's own."""
+    return list(itertools.islice((s for s in itertools.count(1_000_003) if s != run_seed), k))
+
+
+def own_init_estimates(
+    initial: Subject,
+    windows: EvalWindows,
+    probes: Sequence[Probe],
+    condition: str,
+    cache: NullCache,
+    on_batch: OnBatch | None = None,
+) -> Nulls:
+    """Estimate every row on the run's own initial model; taken from the cache where it has them.
+
+    The key holds a digest of the initial weights, so that a null is never that of another run.
+    """
+    try:
+        origin = {"weights": weights_digest(initial)}
+    except MissingCapability:
+        origin = {}
+    where = _Where(windows, condition, cache, on_batch)
+    return _measure(lambda: initial, initial, origin, probes, where, _estimates)
+
+
+def fresh_init_values(
+    subject: Subject,
+    seed: int,
+    windows: EvalWindows,
+    probes: Sequence[Probe],
+    condition: str,
+    cache: NullCache,
+    on_batch: OnBatch | None = None,
+) -> Nulls:
+    """Evaluate every row on one fresh re-initialisation; taken from the cache where it has them."""
+    where = _Where(windows, condition, cache, on_batch)
+    return _measure(lambda: subject.reinitialised(seed), subject, {"seed": seed}, probes, where, _plug_ins)
+
+
+def plain_values(subject: Subject, windows: EvalWindows, probes: Sequence[Probe], condition: str) -> Nulls:
+    """Evaluate every row on the checkpoint itself, to compare with fresh re-initialisations."""
+    where = _Where(windows, condition, NullCache(None), None)
+    return _measure(lambda: subject, subject, {}, probes, where, _plug_ins)
+
+
+def weights_digest(subject: Subject) -> str:
+    """SHA-256 (hex) over names, dtypes, shapes and bytes of all weights, in the order of their names.
+
+    Raises MissingCapability for a model that does not name its weights.
+    """
+    import torch
+
+    named = {f"{g}.{name}": t for g, group in subject.parameter_groups().items() for name, t in group.items()}
+    total = hashlib.sha256()
+    for name, tensor in sorted(named.items()):
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+class _Where(NamedTuple):
+    windows: EvalWindows
+    condition: str
+    cache: NullCache
+    on_batch: OnBatch | None
+
+
+def _measure(
+    make: Callable[[], Subject],
+    subject: Subject,
+    origin: Mapping[str, Any],
+    probes: Sequence[Probe],
+    where: _Where,
+    read: Callable[[Accumulator], dict[Place, Any]],
+) -> Nulls:
+    """Look each probe up, and run `make()` once for those that are not in the cache."""
+    nulls = Nulls()
+    todo: dict[str, dict[str, Any]] = {}
+    for probe in probes:
+        key = _key(subject, origin, probe, where)
+        kept = _decode(where.cache.load(key)) if key else None
+        if kept is None:
+            todo[probe.name] = key
+        else:
+            nulls.values[probe.name] = kept
+    if todo:
+        missing = [probe for probe in probes if probe.name in todo]
+        measured = run_pass(make(), where.windows, missing, where.condition, where.on_batch)
+        nulls.failed = measured.failed
+        for name in list(measured.accumulators):
+            try:
+                nulls.values[name] = read(measured.accumulators.pop(name))
+            except MeasurementError as error:
+                nulls.failed[name] = str(error)
+                continue
+            if todo[name]:
+                where.cache.save(todo[name], _encode(nulls.values[name]))
+    return nulls
+
+
+def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Where) -> dict[str, Any]:
+    """All that the numbers depend on; empty, and nothing is cached, for a model that cannot be identified."""
+    try:
+        identity = dict(subject.identity())
+    except MissingCapability:
+        return {}
+    if not origin:
+        return {}
+    return {
+        "schema": SCHEMA_VERSION,
+        "versions": {name: metadata.version(name) for name in ("hopeprobe", "torch")},
+        "model": identity,
+        "origin": dict(origin),
+        "windows": where.windows.fingerprint,
+        "carry": where.windows.carry,
+        "probe": probe.name,
+        "probe_version": probe.version,
+        "condition": where.condition,
+    }
+
+
+def _estimates(accumulator: Accumulator) -> dict[Place, Any]:
+    return {row.place: row.estimate for row in accumulator.measurements()}
+
+
+def _plug_ins(accumulator: Accumulator) -> dict[Place, Any]:
+    return dict(accumulator.plug_ins())
+
+
+def _encode(values: Mapping[Place, float | Estimate]) -> list[Any]:
+    return [[list(place), _plain(value)] for place, value in values.items()]
+
+
+def _plain(value: float | Estimate) -> Any:
+    if not isinstance(value, Estimate):
+        return value
+    arrays = {"influence": value.influence.tolist(), "weights": value.weights.tolist()}
+    return {**{f.name: getattr(value, f.name) for f in fields(Estimate)}, **arrays}
+
+
+def _decode(payload: Any) -> dict[Place, Any] | None:
+    if payload is None:
+        return None
+    return {Place(*place): _restored(value) for place, value in payload}
+
+
+def _restored(value: Any) -> float | Estimate:
+    if not isinstance(value, dict):
+        return float(value)
+    plain: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in value.items()}
+    return Estimate(**plain)
+
+
+def _canonical(value: Any) -> str:
+    # NaN is kept as Python writes it: these files are read by nothing else.
+    return json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(_canonical(value).encode()).hexdigest()

@@ -1,0 +1,319 @@
+"""Are these the trained weights? Frozen loss, distance from the own initialisation, keys loaded.
+
+    frozen_loss         mean_t CE_t with every write gate closed, nats a token (what the slow weights know)
+    distance_from_init  ‖θ − θ0‖ / ‖θ0‖ over the parameters of one group, θ0 the run's own initial weights
+    keys_loaded         weights found in the checkpoint's file
+
+Nulls of frozen_loss: own-init and fresh-init, ln V (`analytic`: every token equally likely) and `unigram`
+(token frequencies of the training split, scored on the same tokens). Smallest effect: 0.05 nats.
+
+Nulls of the distance: `fresh-init`, the distance between the own and two other initialisations, √2 for weights
+of mean 0; and `optimiser`, the furthest that AdamW can have gone. With rate r_s, decay w and λ_s = r_s w,
+
+    c_s = (1 − β1)/√(1 − β2) · √(Σ_{j<s} (β1²/β2)^j) · √(1 − β2^s)/(1 − β1^s)   largest |m̂_s|/√v̂_s (Cauchy–Schwarz)
+    D_s = (1 − λ_s) D_{s−1} + λ_s ‖θ0‖ + r_s c_s √n + u (‖θ0‖ + D_{s−1})     n parameters, D_0 = 0, u rounding
+
+Verdicts. `untrained`, for every row, when the file says step 0, nothing moved, the frozen loss is not at least
+0.05 nats below its value at initialisation (the whole interval of the difference lies above that), or no
+weight was loaded; and for weights that lie further away than the optimiser can go, or as far as another
+initialisation in every group, unless the loss did fall: then the initial weights are not this run's and
+nothing is decided. Otherwise the rule decides on the loss; a distance or a count alone decides nothing.
+
+Cost: one pass, and three initial models. Source: "Dissecting HOPE", sections 4.2–4.4, whose figures are those
+of a model whose trained weights were never loaded, set against another initialisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from hopeprobe.errors import MeasurementError
+from hopeprobe.stats import GroupedMean, Verdict, mean_of
+from hopeprobe.subject import MissingCapability
+from hopeprobe.tokens import Unigram
+
+from .base import (
+    Accumulator,
+    Finding,
+    Measurement,
+    NullValue,
+    Place,
+    Probe,
+    Quantity,
+    value_without_tokens,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from hopeprobe.subject import Subject
+    from hopeprobe.tokens import EvalBatch, EvalWindows
+
+LOSS_EFFECT = 0.05  # nats
+ALIKE = 0.05  # a distance this close, relatively, to that of another initialisation looks like one
+_OTHER_SEEDS = (2_000_003, 2_000_029, 2_000_039)
+_ALL = "all"
+
+
+def relative_distance(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> float:
+    """‖θ − θ0‖ / ‖θ0‖ over all tensors, in float64; range [0, ∞), NaN where ‖θ0‖ is 0.
+
+    Raises MeasurementError when names or shapes differ, or a weight is not finite.
+    """
+    if weights.keys() != initial.keys() or any(weights[k].shape != initial[k].shape for k in weights):
+        raise MeasurementError("the initial weights have other names or shapes than the checkpoint's")
+    moved = norm = 0.0
+    for name, tensor in weights.items():
+        start = initial[name].detach().cpu().double()
+        moved += float((tensor.detach().cpu().double() - start).square().sum())
+        norm += float(start.square().sum())
+    if not (math.isfinite(moved) and math.isfinite(norm)):
+        raise MeasurementError("a weight is not finite: the model diverged")
+    return math.sqrt(moved / norm) if norm else math.nan
+
+
+def adamw_reach(training: Mapping[str, Any], steps: int, rounding: float = 0.0) -> tuple[float, float] | None:
+    """How far AdamW can go in `steps`: (a, b) with ‖θ − θ0‖ ≤ a √n + b ‖θ0‖; None without a learning rate.
+
+    training: `learning_rate`, and if known `warmup` (steps, linear), `beta1`, `beta2` (default 0.9, 0.999),
+    `weight_decay` (default 0). A rate that falls later only goes less far. rounding: u, relative, of the
+    weights' number format.
+    """
+    if not isinstance(training.get("learning_rate"), int | float):
+        return None
+    beta1, beta2 = float(training.get("beta1", 0.9)), float(training.get("beta2", 0.999))
+    decay, warmup = float(training.get("weight_decay", 0.0)), max(1, int(training.get("warmup", 0)))
+    a = b = series = 0.0
+    for step in range(1, steps + 1):
+        rate = float(training["learning_rate"]) * min(1.0, step / warmup)
+        series = 1.0 + series * beta1**2 / beta2
+        unbias = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        largest = (1 - beta1) / math.sqrt(1 - beta2) * math.sqrt(series) * unbias
+        a = (1 - rate * decay + rounding) * a + rate * largest
+        b = (1 - rate * decay + rounding) * b + rate * decay + rounding
+    return a, b
+
+
+class Integrity(Probe):
+    """Whether a checkpoint holds trained weights; definitions at the top of this file."""
+
+    name: ClassVar[str] = "integrity"
+    question: ClassVar[str] = "Are these the trained weights?"
+    statistics: ClassVar[tuple[str, ...]] = ("frozen_loss",)
+    conditions: ClassVar[tuple[str, ...]] = ("frozen",)
+
+    def applies(self, subject: Subject) -> str | None:  # noqa: ARG002
+        """None: the question makes sense for every model."""
+        return None
+
+    def hooks(self, subject: Subject) -> list[str]:  # noqa: ARG002
+        """None: losses are enough."""
+        return []
+
+    def accumulator(self, subject: Subject, condition: str) -> Accumulator:  # noqa: ARG002
+        """Make an empty accumulator of the loss."""
+        return MeanLoss(condition)
+
+    def reference_nulls(self, place: Place, subject: Subject, windows: EvalWindows) -> tuple[NullValue, ...]:
+        """Compute ln V, and the loss of training-split token frequencies on the same targets."""
+        if place.statistic != "frozen_loss":
+            return ()
+        nulls = [NullValue("analytic", math.log(subject.vocab_size))]
+        if windows.data.n_tokens("train"):
+            targets = np.concatenate(
+                [
+                    row[1 : length + 1]
+                    for batch in windows
+                    for row, length in zip(batch.tokens, batch.lengths, strict=True)
+                ]
+            )
+            unigram = Unigram.fit(windows.data.split_tokens("train"), subject.vocab_size)
+            nulls.append(NullValue("unigram", unigram.loss(targets), n=len(targets)))
+        return tuple(nulls)
+
+    def of_weights(self, subject: Subject, initial: Subject | None) -> list[Measurement]:
+        """Distances by parameter group, and the count of keys."""
+        return [*_distances(subject, initial), _keys_loaded(subject)]
+
+    def review(self, subject: Subject, findings: Sequence[Finding]) -> Sequence[Finding]:
+        """Set `untrained`, or what else keeps the rule from deciding; see the top of this file."""
+        loss = next((f for f in findings if f.measurement.place.statistic == "frozen_loss"), None)
+        distances = [f for f in findings if f.measurement.place.statistic == "distance_from_init"]
+        untrained = _surely_untrained(subject, findings, distances)
+        not_below = _not_below_initial(loss)
+        foreign = _looks_foreign(distances)
+        if not_below:
+            untrained.append(not_below)
+        if foreign and not _fell(loss):
+            untrained.append(foreign)
+        verdict, why = None, ""
+        if untrained:
+            verdict, why = Verdict.UNTRAINED, "; ".join(untrained)
+        elif foreign:
+            verdict = Verdict.INCONCLUSIVE
+            why = f"{foreign}, yet the loss fell: the initial weights are not this run's"
+        return [_decided(finding, verdict, why) for finding in findings]
+
+
+class MeanLoss(Accumulator):
+    """Mean loss over scored tokens, nats."""
+
+    def update(
+        self,
+        cache: Mapping[str, Tensor],  # noqa: ARG002
+        losses: Tensor,
+        scored: Tensor,
+        batch: EvalBatch,
+    ) -> None:
+        """Add one batch; raises MeasurementError for a loss that is not finite."""
+        mean = self.moments.setdefault("loss", GroupedMean())
+        assert isinstance(mean, GroupedMean)
+        try:
+            mean.update(losses, scored, batch.group)
+        except MeasurementError as error:
+            raise MeasurementError(f"{self.condition} loss: {error}") from error
+
+    def quantities(self) -> list[Quantity]:
+        """One row."""
+        if "loss" not in self.moments:
+            return []
+        place = Place(f"{self.condition}_loss")
+        return [
+            Quantity(place, "nats", mean_of, lambda: (self.moments["loss"],), smallest_effect=LOSS_EFFECT)
+        ]
+
+
+def _row(statistic: str, component: str, unit: str, value: float, note: str = "") -> Measurement:
+    verdict = Verdict.NOT_APPLICABLE if math.isnan(value) else None
+    place = Place(statistic, component=component)
+    return Measurement(place, "", unit, value_without_tokens(value), override=verdict, note=note)
+
+
+def _distances(subject: Subject, initial: Subject | None) -> list[Measurement]:
+    if initial is None:
+        return [
+            _row("distance_from_init", _ALL, "1", math.nan, "the run's own initial weights are not known")
+        ]
+    try:
+        groups, start = _with_all(subject), _with_all(initial)
+    except MissingCapability as error:
+        return [_row("distance_from_init", _ALL, "1", math.nan, str(error))]
+    # Not the run's own seed: that would be no other initialisation, but the same.
+    seeds = [seed for seed in _OTHER_SEEDS if seed != subject.seed][:2]
+    try:
+        others = [_with_all(initial.reinitialised(seed)) for seed in seeds]
+    except MissingCapability:
+        others = []
+    try:
+        rounding = {"float64": 2.0**-52, "float32": 2.0**-23}.get(subject.dtype, 2.0**-7)
+        reach = None if subject.step is None else adamw_reach(subject.training(), subject.step, rounding)
+    except MissingCapability:
+        reach = None
+    rows = []
+    for group, weights in groups.items():
+        between = [relative_distance(other[group], start[group]) for other in others]
+        nulls = [NullValue("fresh-init", float(np.mean(between)), n=len(between))] if between else []
+        norm = math.sqrt(sum(float(t.detach().cpu().double().square().sum()) for t in start[group].values()))
+        if reach is not None and norm:
+            n = sum(t.numel() for t in weights.values())
+            nulls.append(NullValue("optimiser", (reach[0] * math.sqrt(n) + reach[1] * norm) / norm))
+        row = _row("distance_from_init", group, "1", relative_distance(weights, start[group]))
+        rows.append(dataclasses.replace(row, nulls=tuple(nulls)))
+    return rows
+
+
+def _with_all(subject: Subject) -> dict[str, Mapping[str, Tensor]]:
+    groups = dict(subject.parameter_groups())
+    return {**groups, _ALL: {f"{g}.{name}": t for g, named in groups.items() for name, t in named.items()}}
+
+
+def _keys_loaded(subject: Subject) -> Measurement:
+    expected = len(getattr(subject.module, "state_dict", dict)())
+    try:
+        loaded = subject.training().get("keys")
+    except MissingCapability as error:
+        return _row("keys_loaded", "", "weights", math.nan, str(error))
+    if not isinstance(loaded, int) or not expected:
+        return _row(
+            "keys_loaded", "", "weights", math.nan, "the loader does not say how many weights it found"
+        )
+    note = "" if loaded == expected else f"{loaded} weights were loaded, the model has {expected}"
+    row = _row("keys_loaded", "", "weights", float(loaded), note)
+    return dataclasses.replace(row, nulls=(NullValue("analytic", float(expected)),))
+
+
+def _null(finding: Finding, kind: str) -> float:
+    nulls = (*finding.measurement.nulls, *finding.nulls)
+    return next((null.value for null in nulls if null.kind == kind), math.nan)
+
+
+def _surely_untrained(
+    subject: Subject, findings: Sequence[Finding], distances: Sequence[Finding]
+) -> list[str]:
+    reasons = []
+    if subject.step == 0:
+        reasons.append("the checkpoint is of step 0")
+    if any(f.measurement.place.component == _ALL and f.measurement.estimate.value == 0 for f in distances):
+        reasons.append("every weight is that of the initialisation")
+    keys = [f for f in findings if f.measurement.place.statistic == "keys_loaded"]
+    if any(f.measurement.estimate.value == 0 for f in keys):
+        reasons.append("no weight was loaded")
+    return reasons
+
+
+def _not_below_initial(loss: Finding | None) -> str:
+    """Say so when the loss is surely not lower than at initialisation by the smallest effect."""
+    if loss is None:
+        return ""
+    if loss.difference is not None:
+        if loss.difference.ci_low > -LOSS_EFFECT:
+            return f"the frozen loss is {loss.difference.value:+.3f} nats from its value at initialisation"
+    elif loss.fresh is not None and loss.fresh.difference > -LOSS_EFFECT:
+        return f"the frozen loss is {loss.fresh.difference:+.3f} nats from that of fresh initialisations"
+    return ""
+
+
+def _fell(loss: Finding | None) -> bool:
+    """Whether the loss is surely below that of an untrained model, own or fresh."""
+    if loss is None:
+        return False
+    if loss.difference is not None:
+        return loss.difference.ci_high < -LOSS_EFFECT
+    return loss.fresh is not None and loss.fresh.difference < -LOSS_EFFECT
+
+
+def _looks_foreign(distances: Sequence[Finding]) -> str:
+    for finding in distances:
+        value, reach = finding.measurement.estimate.value, _null(finding, "optimiser")
+        if value > reach:
+            where = finding.measurement.place.component
+            return (
+                f"{where} weights are {value:.3g} from the initialisation, the optimiser reaches {reach:.3g}"
+            )
+    ratios = [f.measurement.estimate.value / null for f in distances if (null := _null(f, "fresh-init")) > 0]
+    if ratios and all(abs(ratio - 1.0) <= ALIKE for ratio in ratios):
+        return "the weights are as far from the initialisation as another initialisation is"
+    return ""
+
+
+def _decided(finding: Finding, verdict: Verdict | None, why: str) -> Finding:
+    measurement = finding.measurement
+    notes = [finding.note] if finding.note else []
+    if measurement.place.statistic == "frozen_loss":
+        notes += [
+            f"{measurement.estimate.value - null:+.3f} nats against {name}"
+            for kind, name in (("analytic", "ln V"), ("unigram", "the unigram model"))
+            if math.isfinite(null := _null(finding, kind)) and math.isfinite(measurement.estimate.value)
+        ]
+    elif measurement.override is None and verdict is None:
+        verdict, why = Verdict.INCONCLUSIVE, "no interval: this alone decides nothing"
+    if measurement.override is None and verdict is not None:
+        notes.append(why)
+        return dataclasses.replace(finding, override=verdict, note="; ".join(notes))
+    return dataclasses.replace(finding, note="; ".join(notes))

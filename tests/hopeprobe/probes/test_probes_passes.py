@@ -1,0 +1,140 @@
+"""One pass feeds all probes; one that cannot be measured falls out alone."""
+
+import copy
+
+import pytest
+import torch
+
+from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.model.subject import HopeSubject
+from hopeprobe.probes import PROBES, Probe, get_probe
+from hopeprobe.probes.base import Accumulator
+from hopeprobe.probes.passes import run_pass
+from hopeprobe.subject import MissingCapability, WindowLosses
+from hopeprobe.tokens import EvalWindows
+
+
+class Seen(Accumulator):
+    def __init__(self, condition, fail_at=None):
+        super().__init__(condition)
+        self.batches, self.fail_at = [], fail_at
+
+    def update(self, cache, losses, scored, batch):
+        if len(self.batches) == self.fail_at:
+            raise MeasurementError("could not go on")
+        self.batches.append(({k: tuple(v.shape) for k, v in cache.items()}, int(scored.sum())))
+
+    def quantities(self):
+        return []
+
+
+class Watching(Probe):
+    """A probe that only looks."""
+
+    question = "What comes by?"
+    statistics = ()
+
+    def __init__(self, name, hooks=(), fail_at=None):
+        self.name, self._hooks, self._fail_at = name, list(hooks), fail_at
+
+    def applies(self, subject):
+        return None
+
+    def hooks(self, subject):
+        return self._hooks
+
+    def accumulator(self, subject, condition):
+        return Seen(condition, self._fail_at)
+
+
+class Deaf(HopeSubject):
+    """Runs a copy of its module, as a compiled graph without guards would: no hook of its own ever fires."""
+
+    def run(self, tokens, lengths=None):
+        return HopeSubject(copy.deepcopy(self.module)).run(tokens, lengths)
+
+
+@pytest.fixture
+def windows(toy_data):
+    return EvalWindows(toy_data, "all", context=32, tokens=300, batch=5)
+
+
+def test_every_probe_sees_every_batch(subject, windows):
+    told = []
+    probes = [Watching("none"), Watching("one", ["blocks.0.cms.*.hook_out"]), Watching("two", ["hook_embed"])]
+    result = run_pass(subject, windows, probes, "live", lambda done, total: told.append((done, total)))
+    assert not result.failed
+    assert told == [(i + 1, len(windows)) for i in range(len(windows))]
+    for name in ("none", "one", "two"):
+        assert sum(n for _, n in result.accumulators[name].batches) == 300
+    shapes = result.accumulators["one"].batches[0][0]
+    assert shapes["blocks.0.cms.slow.hook_out"] == (5, 32, 16)
+
+
+def test_a_probe_that_fails_falls_out_alone(subject, windows):
+    probes = [Watching("well"), Watching("ill", fail_at=1), Watching("unknown", ["hook_embedding"])]
+    result = run_pass(subject, windows, probes, "live")
+    assert list(result.accumulators) == ["well"]
+    assert len(result.accumulators["well"].batches) == len(windows)
+    assert result.failed["ill"] == "could not go on"
+    assert "did you mean 'hook_embed'" in result.failed["unknown"]
+
+
+def test_hooks_that_never_fire_are_no_success(subject, windows):
+    deaf = Deaf(subject.module)
+    result = run_pass(deaf, windows, [Watching("well"), Watching("deaf", ["hook_embed"])], "live")
+    assert list(result.accumulators) == ["well"]
+    assert "never fired" in result.failed["deaf"]
+    assert "hook_embed" in result.failed["deaf"]
+
+
+def test_a_write_point_may_rest_for_a_batch_but_not_for_all(configs, subject_of, toy_data):
+    # A window shorter than a period of 32 tokens never writes the slow level.
+    windows = EvalWindows(toy_data, "all", context=24, tokens=300, batch=5)
+    probes = [Watching("slow", ["blocks.0.cms.slow.hook_fast_in"]), Watching("fast", ["*.fast.hook_fast_in"])]
+    result = run_pass(subject_of(), windows, probes, "live")
+    assert list(result.accumulators) == ["fast"]
+    assert "blocks.0.cms.slow.hook_fast_in" in result.failed["slow"]
+
+
+def test_frozen_closes_the_gates_and_a_deaf_model_is_not_frozen(subject, windows):
+    name = "blocks.0.cms.fast.hook_fast_in"
+    meta = subject.meta_weights()[name]
+    moved = {"live": [], "frozen": []}
+    for condition, seen in moved.items():
+        with subject.module.hooks([(name, lambda w, hook: seen.append(float((w - meta).norm())))]):  # noqa: B023
+            assert not run_pass(subject, windows, [Watching("well")], condition).failed
+    assert max(moved["frozen"]) == 0 < min(moved["live"])
+    deaf = run_pass(Deaf(subject.module), windows, [Watching("well")], "frozen")
+    assert "the model was not frozen" in deaf.failed["well"]
+    assert not deaf.accumulators
+
+
+def test_a_model_that_cannot_be_run_fails_every_probe(subject, windows):
+    class Broken(HopeSubject):
+        def run(self, tokens, lengths=None) -> WindowLosses:
+            raise MeasurementError("no such device")
+
+        def freeze_hooks(self):
+            raise MissingCapability("this model has no write gates")
+
+    result = run_pass(Broken(subject.module), windows, [Watching("a"), Watching("b")], "live")
+    assert result.failed == {"a": "no such device", "b": "no such device"}
+    with pytest.raises(MissingCapability, match="write gates"):
+        run_pass(Broken(subject.module), windows, [Watching("a")], "frozen")
+
+
+def test_no_hook_is_left_behind(subject, windows):
+    run_pass(subject, windows, [Watching("ill", ["hook_embed"], fail_at=0)], "frozen")
+    assert not any(point.active for point in subject.module.hook_dict.values())
+    assert torch.is_grad_enabled()
+
+
+def test_the_registry_names_every_probe_and_offers_near_names():
+    assert list(PROBES) == ["integrity", "cms-similarity"]
+    for name, probe in PROBES.items():
+        assert (probe.name, probe.version) == (name, 1)
+        assert probe.question.endswith("?")
+        assert "Cost" in probe.describe()
+    with pytest.raises(BadInputError, match="did you mean 'cms-similarity'"):
+        get_probe("cms_similarity")

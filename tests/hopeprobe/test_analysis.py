@@ -1,0 +1,250 @@
+"""`analyze` from end to end: what it claims, what it refuses to claim, and what it says is missing."""
+
+import copy
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import hopeprobe
+from hopeprobe import analysis, nulls
+from hopeprobe.analysis import analyze, missing_from
+from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.model.subject import HopeSubject
+from hopeprobe.probes.base import Place, Quantity
+from hopeprobe.probes.integrity import Integrity
+from hopeprobe.results import Results
+from hopeprobe.subject import MissingCapability, load
+from hopeprobe.tokens import TokenData
+
+KEY = ["probe", "statistic", "layer", "component", "condition"]
+
+
+class Impostor(HopeSubject):
+    """Weights of one seed with the record of a run of another."""
+
+    start = None
+
+    def own_init(self):
+        return self.start
+
+
+class Deaf(HopeSubject):
+    def run(self, tokens, lengths=None):
+        return HopeSubject(copy.deepcopy(self.module)).run(tokens, lengths)
+
+
+def test_a_trained_model_has_learned_something_and_every_number_has_its_nulls(toy_run, settings):
+    results = analyze(toy_run / "step-000040.pt", "all", **settings)
+    assert missing_from(results) == []
+    frame, nulls = results.frame, results.nulls_frame
+    similarity = frame[frame.probe == "cms-similarity"]
+    assert len(similarity) == 2 * (4 + 4)
+    assert "learned" in set(similarity.verdict)
+    assert set(frame.step) == {40}
+    kinds = nulls.groupby("statistic").null_kind.agg(set)
+    assert kinds["output_cosine"] == {"own-init", "fresh-init", "shuffled"}
+    assert kinds["delta_cosine"] == {"own-init", "fresh-init", "shuffled", "analytic"}
+    assert kinds["output_cka"] == kinds["delta_effective_rank"] == {"own-init", "fresh-init"}
+    assert kinds["frozen_loss"] == {"own-init", "fresh-init", "analytic", "unigram"}
+    for row in similarity.itertuples():
+        assert row.ci_low <= row.value <= row.ci_high
+        assert (row.n_tokens, row.dtype) == (1600, "float32")
+    assert results.checkpoint["name"] == "step-000040.pt"
+    assert results.checkpoint["seed"] == 0
+    assert results.data["tokens"] == 1600
+    assert results.data["split"] == "all"
+    assert len(results.data["windows"]) == 64
+    assert Results.from_json(results.to_json()).to_json() == results.to_json()
+
+
+def test_step_zero_is_at_init_everywhere(toy_run, settings):
+    frame = analyze(toy_run / "step-000000.pt", "cms-similarity", **settings).frame
+    assert set(frame.verdict) == {"at-init"}
+
+
+def test_a_model_of_another_seed_is_hardly_ever_learned(subject_of, settings):
+    verdicts = []
+    for seed in range(1, 7):
+        subject = Impostor(subject_of(seed=seed).module)
+        subject.start, subject.step = subject_of(seed=0), 200
+        frame = analyze(subject, "cms-similarity", **settings | {"fresh": 10}).frame
+        verdicts += list(frame.verdict)
+    assert len(verdicts) == 96
+    assert verdicts.count("learned") <= 0.05 * len(verdicts)
+
+
+def test_no_interval_no_claim(toy_run, settings):
+    frame = analyze(toy_run / "step-000040.pt", "cms-similarity", **settings | {"tokens": 300}).frame
+    assert set(frame.verdict) == {"inconclusive"}
+    assert frame.ci_low.isna().all()
+    assert frame.note.str.contains("groups of documents").all()
+
+
+def test_hooks_that_never_fire_are_missing_and_the_rest_is_there(subject, settings):
+    results = analyze(Deaf(subject.module), "all", **settings)
+    assert {row.statistic for row in results.rows} == {"distance_from_init", "keys_loaded"}
+    messages = missing_from(results)
+    assert len(messages) == 2
+    assert any("cms-similarity (live): hooks never fired" in m for m in messages)
+    assert any("integrity (frozen): the model was not frozen" in m for m in messages)
+    assert missing_from(Results.from_json(results.to_json())) == messages
+    with pytest.raises(MeasurementError, match=r"nothing could be measured: .*never fired"):
+        analyze(Deaf(subject.module), "cms-similarity", **settings)
+
+
+def test_a_statistic_that_overflows_is_missing_and_the_rest_is_there(toy_run, settings):
+    def infinite(moments):
+        return np.full(moments.n.size, np.inf)
+
+    class Overflowing(Integrity):
+        name = "overflowing"
+        conditions = ("live",)
+
+        def accumulator(self, subject, condition):
+            made = super().accumulator(subject, condition)
+            row = Quantity(Place("infinite"), "1", infinite, lambda: (made.moments["loss"],))
+            made.quantities = lambda: [row]
+            return made
+
+    results = analyze(toy_run / "step-000040.pt", [Overflowing(), "integrity"], **settings | {"fresh": 0})
+    (message,) = missing_from(results)
+    assert message == "step-000040.pt: overflowing (live): the statistic is infinite"
+    assert "frozen_loss" in set(results.frame[results.frame.probe == "integrity"].statistic)
+
+
+def test_a_null_that_could_not_be_measured_is_never_taken_for_passed(toy_run, settings, monkeypatch):
+    trained = load(toy_run / "step-000040.pt")
+    monkeypatch.setattr(trained, "own_init", lambda: Deaf(load(toy_run / "step-000000.pt").module))
+    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "other"}).frame
+    assert set(frame.verdict) == {"inconclusive"}
+    assert frame.note.str.contains("own-init not measured: hooks never fired").all()
+
+
+def test_without_own_init_fresh_decides_and_without_either_nothing(toy_run, settings, monkeypatch):
+    def nothing(*_):
+        raise MissingCapability("no such weights")
+
+    trained = load(toy_run / "step-000040.pt")
+    monkeypatch.setattr(trained, "own_init", nothing)
+    results = analyze(trained, "cms-similarity", **settings)
+    assert "learned" in set(results.frame.verdict)
+    assert results.frame.note.str.contains("own-init absent: no such weights.*fresh-init alone decides").all()
+    assert results.checkpoint["own_init"] == "absent: no such weights"
+    monkeypatch.setattr(trained, "reinitialised", nothing)
+    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "empty"}).frame
+    assert set(frame.verdict) == {"inconclusive"}
+    assert frame.note.str.contains("fresh-init not measured: no such weights").all()
+
+
+def test_a_statistic_undefined_at_initialisation_is_inconclusive(toy_run, settings, subject_of, monkeypatch):
+    trained = load(toy_run / "step-000040.pt")
+    start = subject_of()
+    for weight in start.module.blocks[0].cms.levels["slow"].parameters():
+        weight.data.zero_()
+    monkeypatch.setattr(trained, "own_init", lambda: start)
+    frame = analyze(trained, "cms-similarity", **settings).frame
+    row = frame[(frame.statistic == "delta_cosine") & (frame.layer == 0)].iloc[0]
+    assert row.verdict == "inconclusive"
+    assert "not comparable with own-init" in row.note
+
+
+def test_neither_batch_size_nor_the_cache_changes_results(toy_run, settings, tmp_path):
+    path = toy_run / "step-000040.pt"
+    base = analyze(path, "all", **settings | {"cache_dir": tmp_path, "fresh": 3})
+    cached = analyze(path, "all", **settings | {"cache_dir": tmp_path, "fresh": 3})
+    assert cached.to_json() == base.to_json()
+    small = analyze(path, "all", **settings | {"cache_dir": tmp_path / "b", "fresh": 3, "batch": 11})
+    numbers = ["value", "ci_low", "ci_high", "min_detectable"]
+    np.testing.assert_allclose(small.frame[numbers], base.frame[numbers], atol=1e-4, rtol=1e-4)
+    assert list(small.frame.verdict) == list(base.frame.verdict)
+    assert small.data == base.data
+
+
+def test_fresh_init_is_compared_on_the_same_prefix(toy_run, settings, monkeypatch):
+    for module in (analysis, nulls):
+        monkeypatch.setattr(module, "FRESH_TOKENS", 700)
+    path = toy_run / "step-000040.pt"
+    frame = analyze(path, "cms-similarity", **settings).frame
+    there = analyze(path, "cms-similarity", **settings | {"tokens": 700, "fresh": 0}).frame
+    ranks = frame[frame.statistic == "output_cosine"]
+    for row in ranks.itertuples():
+        same = there[(there.statistic == row.statistic) & (there.layer == row.layer)].iloc[0]
+        assert f"fresh-init on the first 700 tokens, where this is {same.value:.4g}" in row.note
+
+
+def test_several_checkpoints_are_told_apart(toy_run, settings):
+    paths = [toy_run / f"step-0000{step}.pt" for step in ("00", "40")]
+    results = analyze(paths, "integrity", **settings | {"fresh": 0})
+    assert set(results.frame.checkpoint) == {"step-000000.pt", "step-000040.pt"}
+    assert [c["step"] for c in results.checkpoint["checkpoints"]] == [0, 40]
+    assert missing_from(results) == []
+
+
+def test_equal_file_names_get_their_folders(toy_run, settings, tmp_path):
+    other = tmp_path / "b" / "step-000000.pt"
+    other.parent.mkdir()
+    other.write_bytes((toy_run / "step-000000.pt").read_bytes())
+    results = analyze([toy_run / "step-000000.pt", other], "integrity", **settings | {"fresh": 0})
+    assert set(results.frame.checkpoint) == {f"{toy_run.name}/step-000000.pt", "b/step-000000.pt"}
+    with pytest.raises(BadInputError, match="two checkpoints have one name"):
+        analyze([other, other], "integrity", **settings)
+
+
+def test_progress_is_told(toy_run, settings, tmp_path):
+    told = []
+    options = {"fresh": 2, "cache_dir": tmp_path, "progress": lambda *args: told.append(args)}
+    analyze(toy_run / "step-000040.pt", "all", **settings | options)
+    descriptions = list(dict.fromkeys(what for what, _, _ in told))
+    assert descriptions == [
+        f"step-000040.pt, {null}{condition}"
+        for condition in ("frozen", "live")
+        for null in ("", "own-init, ", "fresh-init 1/2, ", "fresh-init 2/2, ")
+    ]
+    assert all(0 < done <= total for _, done, total in told)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"probes": "cms-similarty"}, "did you mean 'cms-similarity'"),
+        ({"probes": ()}, "no probe was asked for"),
+        ({"fresh": 1}, "at least two re-initialisations"),
+        ({"tokens": 10**9}, "fewer than"),
+        ({"split": "test"}, "no split is called"),
+        ({"checkpoints": []}, "no checkpoint was given"),
+        ({"checkpoints": "nowhere.pt"}, "does not exist"),
+        ({"probes": "cms-similarity", "carry": "epoch"}, "carry is window or document"),
+    ],
+)
+def test_bad_input_is_named(subject, settings, change, message):
+    with pytest.raises(BadInputError, match=message):
+        analyze(**{"checkpoints": subject, "probes": "all", **settings, **change})
+
+
+def test_text_of_another_tokenizer_is_refused(subject, settings):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 90, 40) for _ in range(50)]
+    larger = TokenData.from_documents(documents, name="larger", vocab_size=200, end_of_text=0)
+    with pytest.raises(BadInputError, match="vocabulary of 97"):
+        analyze(subject, "integrity", **settings | {"data": larger})
+    named = dataclasses.replace(settings["data"], tokenizer="other")
+    with pytest.raises(BadInputError, match="'other'"):
+        analyze(subject, "integrity", **settings | {"data": named})
+
+
+def test_analyze_is_exported_without_loading_torch():
+    assert hopeprobe.analyze is analyze
+    code = "import hopeprobe, sys; assert 'torch' not in sys.modules; assert 'analyze' in dir(hopeprobe)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_library_never_imports_the_model():
+    code = (
+        "import sys, hopeprobe.analysis, hopeprobe.plots\n"
+        "assert not [m for m in sys.modules if m.startswith('hopeprobe.model')]\n"
+        "assert 'seaborn' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,199 @@
+"""Nulls and their cache: found again, never mixed up, and never trusted when damaged."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hopeprobe import nulls
+from hopeprobe.nulls import NullCache, fresh_init_values, fresh_seeds, own_init_estimates, weights_digest
+from hopeprobe.probes import get_probe
+from hopeprobe.probes.cms_similarity import CMSSimilarity
+from hopeprobe.stats import paired_difference
+from hopeprobe.subject import MissingCapability
+from hopeprobe.tokens import EvalWindows
+
+PROBES = [get_probe("cms-similarity"), get_probe("integrity")]
+KEY = {"probe": "x", "seed": 3}
+
+
+@pytest.fixture
+def windows(toy_data):
+    return EvalWindows(toy_data, "all", context=32, tokens=1600, batch=50)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the passes that were really made."""
+    made = []
+
+    def counted(subject, windows, probes, *rest):
+        made.append([probe.name for probe in probes])
+        return real(subject, windows, probes, *rest)
+
+    real = nulls.run_pass
+    monkeypatch.setattr(nulls, "run_pass", counted)
+    return made
+
+
+def assert_same(a, b):
+    assert a.values.keys() == b.values.keys()
+    for probe, rows in a.values.items():
+        assert rows.keys() == b.values[probe].keys()
+        for place, value in rows.items():
+            other = b.values[probe][place]
+            for field in dataclasses.fields(value) if dataclasses.is_dataclass(value) else ():
+                np.testing.assert_array_equal(getattr(value, field.name), getattr(other, field.name))
+            assert dataclasses.is_dataclass(value) or value == other
+
+
+def test_own_init_is_found_again_with_all_that_a_paired_difference_needs(subject, windows, tmp_path, runs):
+    cache = NullCache(tmp_path)
+    first = own_init_estimates(subject, windows, PROBES, "live", cache)
+    again = own_init_estimates(subject, windows, PROBES, "live", cache)
+    assert runs == [["cms-similarity", "integrity"]]
+    assert_same(first, again)
+    for place, estimate in again.values["cms-similarity"].items():
+        difference = paired_difference(estimate, first.values["cms-similarity"][place])
+        assert (difference.value, difference.se) == (0, 0)
+    without = own_init_estimates(subject, windows, PROBES, "live", NullCache(None))
+    assert_same(first, without)
+
+
+def test_fresh_init_is_found_again(subject, windows, tmp_path, runs):
+    cache = NullCache(tmp_path)
+    first = fresh_init_values(subject, 5, windows, PROBES, "frozen", cache)
+    again = fresh_init_values(subject, 5, windows, PROBES, "frozen", cache)
+    assert len(runs) == 1
+    assert_same(first, again)
+    other = fresh_init_values(subject, 6, windows, PROBES, "frozen", cache)
+    assert len(runs) == 2
+    assert other.values["integrity"] != first.values["integrity"]
+
+
+def test_only_what_is_missing_is_measured(subject, windows, tmp_path, runs):
+    cache = NullCache(tmp_path)
+    fresh_init_values(subject, 5, windows, PROBES[:1], "live", cache)
+    fresh_init_values(subject, 5, windows, PROBES, "live", cache)
+    assert runs == [["cms-similarity"], ["integrity"]]
+
+
+def test_whatever_the_numbers_depend_on_is_in_the_key(
+    subject, subject_of, configs, windows, toy_data, tmp_path, runs
+):
+    class Newer(CMSSimilarity):
+        version = 2
+
+    cache = NullCache(tmp_path)
+    probes = PROBES[:1]
+
+    def measure(subject=subject, windows=windows, probes=probes, condition="live"):
+        own_init_estimates(subject, windows, probes, condition, cache)
+        return len(runs)
+
+    assert measure() == 1
+    assert measure(subject_of(seed=0)) == 1, "the same weights, made again"
+    assert measure(subject_of(seed=1)) == 2
+    assert measure(subject_of(configs["still"])) == 3
+    assert measure(windows=windows.take(1599)) == 4
+    assert measure(windows=EvalWindows(toy_data, "all", context=32, tokens=1600, carry="document")) == 5
+    assert measure(windows=EvalWindows(toy_data, "all", context=32, tokens=1600, batch=3)) == 5
+    assert measure(probes=[Newer()]) == 6
+    assert measure(condition="frozen") == 7
+    with torch.no_grad():
+        subject.module.norm.bias[0] = 1e-6
+    assert measure() == 8
+
+
+def test_a_damaged_file_is_measured_again_and_replaced(subject, windows, tmp_path, runs):
+    cache = NullCache(tmp_path)
+    first = fresh_init_values(subject, 5, windows, PROBES, "live", cache)
+    good = {file: file.read_bytes() for file in (tmp_path / "nulls").iterdir()}
+    assert len(good) == 2
+    for number, damage in enumerate((lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[]")):
+        for file, content in good.items():
+            file.write_bytes(damage(content))
+        assert_same(fresh_init_values(subject, 5, windows, PROBES, "live", cache), first)
+        assert len(runs) == 2 + number
+        assert {file: file.read_bytes() for file in good} == good
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    cache = NullCache(tmp_path)
+    payload = [[["output_cosine", 0, "fast|slow", ""], 0.7731], [["cka", 1, "a|b", ""], math.inf]]
+    cache.save(KEY, payload)
+    file = cache.path(KEY)
+    good = file.read_bytes()
+    for i, bit in itertools.product(range(len(good)), range(8)):
+        file.write_bytes(good[:i] + bytes([good[i] ^ 1 << bit]) + good[i + 1 :])
+        assert cache.load(KEY) in (None, payload)
+
+
+def test_a_file_under_another_key_is_not_taken(tmp_path):
+    cache = NullCache(tmp_path)
+    cache.save(KEY, [1.5, math.inf])
+    assert cache.load(KEY) == [1.5, math.inf]
+    other = {**KEY, "seed": 4}
+    cache.path(KEY).rename(cache.path(other))
+    assert cache.load(other) is None
+    assert cache.load(KEY) is None
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_nothing_else(subject, windows, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    cache = NullCache(blocked)
+    with pytest.warns(RuntimeWarning, match="nulls cannot be cached"):
+        found = fresh_init_values(subject, 5, windows, PROBES, "live", cache)
+    assert_same(found, fresh_init_values(subject, 5, windows, PROBES, "live", NullCache(None)))
+    fresh_init_values(subject, 5, windows, PROBES, "live", cache)  # warned once
+
+
+def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nulls.os, "replace", full)
+    cache = NullCache(tmp_path)
+    with pytest.warns(RuntimeWarning, match="No space left"):
+        cache.save(KEY, [1.0])
+    assert list((tmp_path / "nulls").iterdir()) == []
+
+
+def test_files_are_plain_json(tmp_path):
+    cache = NullCache(tmp_path)
+    cache.save(KEY, {"a": 0.1})
+    assert json.loads(cache.path(KEY).read_text())["payload"] == {"a": 0.1}
+
+
+def test_fresh_seeds_never_hold_the_runs_own():
+    seeds = fresh_seeds(10, None)
+    assert len(set(seeds)) == 10
+    for own in (*seeds, 0, 1):
+        assert own not in fresh_seeds(10, own)
+        assert len(set(fresh_seeds(10, own))) == 10
+    assert fresh_seeds(3, 0) == seeds[:3]
+
+
+def test_the_weights_digest_sees_every_weight(subject, subject_of):
+    assert weights_digest(subject) == weights_digest(subject_of(seed=0)) != weights_digest(subject_of(seed=1))
+    before = weights_digest(subject)
+    with torch.no_grad():
+        subject.module.blocks[1].norm.bias[3] = -0.0
+    assert weights_digest(subject) != before
+
+
+def test_a_model_without_identity_is_not_cached(subject, windows, tmp_path, runs, monkeypatch):
+    def nothing():
+        raise MissingCapability("no configuration")
+
+    monkeypatch.setattr(subject, "identity", nothing)
+    cache = NullCache(tmp_path)
+    for _ in range(2):
+        own_init_estimates(subject, windows, PROBES[1:], "live", cache)
+    assert len(runs) == 2
+    assert not (tmp_path / "nulls").exists()
