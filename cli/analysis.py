@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+
+from rich.console import Console
 
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.cli.tables import result_tables
-from hopeprobe.cli.terminal import console, progress
+from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
+from hopeprobe.files import write_atomically
 from hopeprobe.probes import PROBES
 from hopeprobe.results import Results
 
@@ -66,13 +70,9 @@ def write_results(results: Results, output_format: str, output: Path | None) -> 
         for table in result_tables(results):
             console().print(table)
     else:
-        from rich.console import Console
-
-        recorder = Console(record=True, width=150, file=None, quiet=True)
+        recorder = Console(record=True, width=PLAIN_WIDTH, file=io.StringIO())
         for table in result_tables(results):
             recorder.print(table)
-        from hopeprobe.model.checkpoint import write_atomically
-
         write_atomically(output, recorder.export_text().encode())
 
 

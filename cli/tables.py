@@ -31,35 +31,36 @@ def result_tables(results: Results) -> list[Table]:
 
 
 def _table(title: str, rows: list[ResultRow], nulls: dict[tuple[object, ...], list[NullRow]]) -> Table:
-    kinds = list(dict.fromkeys(n.null_kind for row in rows for n in nulls.get(row.key, [])))
     table = Table(title=title, title_justify="left", caption=_notes(rows), caption_justify="left")
     for name in ("statistic", "layer", "component"):
-        table.add_column(name, no_wrap=True)
-    for name in ("value", "95 % interval", *kinds):
+        table.add_column(name, overflow="fold")
+    for name in ("value", "95 % interval", "own-init", "fresh-init"):
         table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("other nulls", overflow="fold")
     table.add_column("verdict", no_wrap=True)
     for row in rows:
         by_kind = {n.null_kind: n for n in nulls.get(row.key, [])}
+        fresh = by_kind.pop("fresh-init", None)
+        own = by_kind.pop("own-init", None)
         verdict = str(row.verdict)
-        where = " ".join(part for part in (row.component, row.condition, row.position) if part)
         table.add_row(
             row.statistic,
             "–" if row.layer is None else str(row.layer),
-            where or "–",
+            " ".join(part for part in (row.component, row.position) if part) or "–",
             number(row.value) + (" nats" if row.unit == "nats" else ""),
             interval(row.ci_low, row.ci_high),
-            *(_null(by_kind.get(kind)) for kind in kinds),
+            "–" if own is None else number(own.value),
+            "–" if fresh is None else _range(fresh),
+            ", ".join(f"{kind} {number(null.value)}" for kind, null in by_kind.items()) or "–",
             f"[{_STYLES.get(verdict, 'default')}]{verdict}[/]",
         )
     return table
 
 
-def _null(null: NullRow | None) -> str:
-    if null is None:
-        return "–"
-    if math.isnan(null.low) or null.null_kind == "analytic":
+def _range(null: NullRow) -> str:
+    if math.isnan(null.low):
         return number(null.value)
-    return f"{number(null.value)} {interval(null.low, null.high)}"
+    return f"{number(null.low)} … {number(null.high)}"
 
 
 def _notes(rows: list[ResultRow]) -> str | None:

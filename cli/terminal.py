@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 #: Seconds between two plain lines where there is no terminal.
 _PLAIN_EVERY = 15.0
 #: Columns where the terminal does not say: tables go to files and logs whole.
-_PLAIN_WIDTH = 150
+PLAIN_WIDTH = 150
 
 
 def console(stderr: bool = False) -> Console:
     """A console that never wraps tables to 80 columns in a file."""
     plain = Console(stderr=stderr)
-    return plain if plain.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+    return plain if plain.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
 
 
 Report = Callable[[str, int, int], None]

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from hopeprobe.tokens.sources import DataSpec
 
 Checkpoints: TypeAlias = "str | os.PathLike[str] | Subject | Iterable[str | os.PathLike[str] | Subject]"
+_BATCH_TOKENS = 8192
+_BATCH_DOCUMENTS = 4  # of any length
+
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, and how many batches of it are done and there are."""
 
@@ -53,8 +56,9 @@ def analyze(
     tokens: int | None = 32_768,
     split: str = "heldout",
     carry: str = "window",
-    batch: int = 8,
+    batch: int | None = None,
     fresh: int = 10,
+    fresh_tokens: int = FRESH_TOKENS,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Results:
@@ -67,8 +71,9 @@ def analyze(
         tokens: how many targets to score, None for all of the split.
         split: "heldout", "train" or "all".
         carry: "window" starts afresh at each window of the model's context, "document" at each document.
-        batch: windows at a time; the results do not depend on it.
+        batch: windows at a time, None for what suits the context; the results do not depend on it.
         fresh: re-initialisations of the fresh-init null, 0 for none.
+        fresh_tokens: tokens that each of them is measured on, at most.
         cache_dir: where tokens and nulls are kept.
         progress: told what is being done.
 
@@ -104,8 +109,10 @@ def analyze(
                 )
             text = loaded[subject.tokenizer]
         _check_vocabulary(subject, text)
-        windows = EvalWindows(text, split, context=subject.context, tokens=tokens, batch=batch, carry=carry)
-        run = _Run(subject, label, windows, fresh, NullCache.default(cache_dir), progress)
+        size = suitable_batch(subject.context, carry) if batch is None else batch
+        windows = EvalWindows(text, split, context=subject.context, tokens=tokens, batch=size, carry=carry)
+        cache = NullCache.default(cache_dir)
+        run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress)
         run.measure(chosen)
         results.extend(run.rows, run.null_rows)
         described.append(run.describe())
@@ -115,6 +122,11 @@ def analyze(
     if missing and all(math.isnan(row.value) for row in results.rows):
         raise MeasurementError("nothing could be measured: " + "; ".join(missing))
     return results
+
+
+def suitable_batch(context: int, carry: str) -> int:
+    """Windows at a time: about 8,192 tokens, which keeps two cores busy and a `small` model under 3 GB."""
+    return max(1, _BATCH_TOKENS // context) if carry == "window" else _BATCH_DOCUMENTS
 
 
 def missing_from(results: Results) -> list[str]:
@@ -131,6 +143,7 @@ class _Run:
     label: str
     windows: EvalWindows
     fresh: int
+    fresh_tokens: int
     cache: NullCache
     progress: Progress | None
     missing: list[str] = field(default_factory=list)
@@ -165,7 +178,7 @@ class _Run:
         return {
             "name": self.label,
             "path": str(subject.path) if subject.path else None,
-            "step": subject.step,
+            "step": subject.trained_steps,
             "seed": subject.seed,
             "identity": digest,
             "own_init": self.own_init,
@@ -224,7 +237,9 @@ class _Run:
             told = self._told(f"{self.label}, own-init, {condition}")
             own = own_init_estimates(initial, self.windows, probes, condition, self.cache, told)
         prefix, fresh = self._fresh(probes, condition, found)
-        beside = Beside(self.subject, self.windows, initial is not None, own, self.fresh, prefix, fresh)
+        beside = Beside(
+            self.subject, self.windows, initial is not None, own, self.fresh, self.fresh_tokens, prefix, fresh
+        )
         return {probe.name: [beside.finding(probe, row) for row in found[probe.name]] for probe in probes}
 
     def _fresh(
@@ -235,10 +250,10 @@ class _Run:
         if not (self.fresh and probes):
             return prefix, []
         windows = self.windows
-        if windows.n_tokens <= FRESH_TOKENS:
+        if windows.n_tokens <= self.fresh_tokens:
             prefix.values = {name: {row.place: row.estimate.plug_in for row in found[name]} for name in found}
         else:
-            windows = windows.take(FRESH_TOKENS)
+            windows = windows.take(self.fresh_tokens)
             prefix = plain_values(self.subject, windows, probes, condition)
         fresh = []
         for i, seed in enumerate(fresh_seeds(self.fresh, self.subject.seed)):
@@ -299,7 +314,7 @@ class _Run:
         return {
             "probe": probe.name,
             "checkpoint": self.label,
-            "step": self.subject.step,
+            "step": self.subject.trained_steps,
             "condition": row.condition,
             **where,
         }

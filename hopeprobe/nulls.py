@@ -44,7 +44,7 @@ OnBatch: TypeAlias = "Callable[[int, int], None]"
 """Called with the batches done and in all."""
 
 FRESH_TOKENS = 4096
-"""Most tokens that a fresh re-initialisation is measured on."""
+"""Most tokens that a fresh re-initialisation is measured on, unless asked otherwise."""
 
 
 class NullCache:
@@ -112,8 +112,8 @@ class Beside:
     """Everything that the measurements of one pass are set beside.
 
     has_own_init: whether the run's own initial model is known; own: its estimates, or why there are none.
-    asked: how many fresh re-initialisations were asked for; prefix: the checkpoint on the tokens that they
-    are measured on.
+    asked: how many fresh re-initialisations were asked for, on fresh_tokens at most; prefix: the checkpoint
+    on the tokens that they are measured on.
     """
 
     subject: Subject
@@ -121,6 +121,7 @@ class Beside:
     has_own_init: bool
     own: Nulls
     asked: int
+    fresh_tokens: int
     prefix: Nulls
     fresh: Sequence[Nulls]
 
@@ -163,8 +164,8 @@ class Beside:
         null = FreshInit(tuple(values), here)
         half = float(stdtrit(null.df, 0.975)) * null.prediction_se
         nulls.append(NullValue("fresh-init", null.mean, null.mean - half, null.mean + half, len(values)))
-        if self.windows.n_tokens > FRESH_TOKENS:
-            notes.append(f"fresh-init on the first {FRESH_TOKENS} tokens, where this is {here:.4g}")
+        if self.windows.n_tokens > self.fresh_tokens:
+            notes.append(f"fresh-init on the first {self.fresh_tokens} tokens, where this is {here:.4g}")
         return null
 
 

@@ -6,15 +6,15 @@ state, and the backend does not matter.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import json
 import math
 import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.files import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -229,15 +229,6 @@ def _points(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, f
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Write the PNG whole or not at all."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, dpi=DPI, format="png")
-        os.replace(temporary, target)
-    except OSError as error:
-        raise BadInputError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return target
+    image = io.BytesIO()
+    figure.savefig(image, dpi=DPI, format="png")
+    return write_atomically(path, image.getvalue())

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.files import write_atomically
 from hopeprobe.stats.verdict import CLAIMS, Verdict
 
 if TYPE_CHECKING:
@@ -225,15 +226,14 @@ class Results:
 
     def write_json(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_json` to `path`. Raises BadInputError when that cannot be written."""
-        path = Path(path)
-        _write_atomically({path: self.to_json()})
-        return path
+        return write_atomically(path, self.to_json().encode())
 
     def write_csv(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
         """Write the results to `path` and the nulls beside it (`x.nulls.csv`); return both paths."""
         path = Path(path)
         nulls = path.with_name(path.name.removesuffix(".csv") + ".nulls.csv")
-        _write_atomically({path: self.frame.to_csv(index=False), nulls: self.nulls_frame.to_csv(index=False)})
+        write_atomically(nulls, self.nulls_frame.to_csv(index=False, lineterminator="\n").encode())
+        write_atomically(path, self.frame.to_csv(index=False, lineterminator="\n").encode())
         return path, nulls
 
 
@@ -287,19 +287,3 @@ def _nan_to_null(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_nan_to_null(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write_atomically(texts: Mapping[Path, str]) -> None:
-    """Write every text to a temporary file beside its path, then move all into place."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in texts}
-    path = next(iter(texts))
-    try:
-        for path, text in texts.items():
-            temporary[path].write_text(text, encoding="utf-8", newline="")
-        for path in texts:
-            os.replace(temporary[path], path)
-    except OSError as error:
-        raise BadInputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)

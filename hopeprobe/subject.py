@@ -46,7 +46,7 @@ class Subject:
         vocab_size: number of tokens the model scores.
         context: tokens of one window in training.
         tick: tokens of one step.
-        step: optimiser steps behind these weights, None where the file does not say.
+        trained_steps: optimiser steps behind these weights, None where the file does not say.
         seed: of the initial weights, None where the file does not say.
         dtype: of the weights, for instance "float32".
     """
@@ -58,7 +58,7 @@ class Subject:
     vocab_size: int
     context: int
     tick: int
-    step: int | None = None
+    trained_steps: int | None = None
     seed: int | None = None
     dtype: str = "float32"
 
@@ -75,7 +75,7 @@ class Subject:
         """A fresh state of `batch` streams."""
         raise self._missing("state")
 
-    def step_once(self, state: Any, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, Any]:
+    def step(self, state: Any, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, Any]:
         """One tick: tokens (B, C), next_token (B,) to losses (B, C) and the next state."""
         raise self._missing("tick")
 

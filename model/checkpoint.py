@@ -8,20 +8,23 @@ carry the optimiser and generator states as well.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-import os
-import tempfile
+import pickle
+import pickletools
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.files import write_atomically
 from hopeprobe.model.config import ModelConfig, from_dict
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
@@ -67,31 +70,6 @@ def run_checkpoints(folder: Path) -> list[Path]:
     return sorted(
         folder.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*.pt"), key=lambda p: int(p.stem.split("-")[1])
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write the whole file or nothing; `BadInputError` names the file when the disk refuses."""
-    handle, name = -1, ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        if name and os.path.exists(name):
-            os.unlink(name)
-        raise BadInputError(
-            f"cannot write {path} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing was left "
-            "behind. Free some space or choose another --out"
-        ) from None
-    except BaseException:  # an interrupt between the two: the half-written file goes too
-        if name and os.path.exists(name):
-            os.unlink(name)
-        raise
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -148,18 +126,25 @@ def _load_plain(path: Path) -> object:
         raise BadInputError(
             f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint"
         )
+    if zipfile.is_zipfile(
+        path
+    ):  # torch reads a member without checking its checksum: a flipped bit would pass
+        with zipfile.ZipFile(path) as archive:
+            if (wrong := archive.testzip()) is not None:
+                raise BadInputError(
+                    f"{path} is damaged: the checksum of {wrong} is wrong; take another checkpoint"
+                )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the formats that foreign files come in
-            return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+            return cast(object, torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged or foreign file, each means the same
-        text = str(error)
-        if "weights_only" in text or "Unsupported" in text or "GLOBAL" in text:
+        if isinstance(error, pickle.UnpicklingError) and _names_code(path):
             raise BadInputError(
                 f"{path} is a pickle that wants to run code when it is opened; it was refused and nothing was "
                 "executed. hopeprobe reads plain tensors and data only: save a state dict"
             ) from None
-        if magic[:2] == b"PK":
+        if b"PK\x03\x04".startswith(magic):
             raise BadInputError(
                 f"{path} is damaged: it begins like a checkpoint but cannot be read to its end ({size} bytes). "
                 "It was cut off or changed; take another checkpoint of the run"
@@ -167,6 +152,30 @@ def _load_plain(path: Path) -> object:
         raise BadInputError(
             f"{path} is not a checkpoint: neither a torch file nor anything else that is known here"
         ) from None
+
+
+def _names_code(path: Path) -> bool:
+    """Does a pickle that torch refused name things to import; it is only taken apart, never executed."""
+    try:
+        with contextlib.ExitStack() as stack:
+            file: Any = stack.enter_context(path.open("rb"))
+            if zipfile.is_zipfile(file):
+                archive = stack.enter_context(zipfile.ZipFile(file))
+                file = io.BytesIO(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
+            else:
+                file.seek(0)
+            for _ in range(4):  # torch's old format has three small pickles ahead of the content
+                names = {opcode.name for opcode, _, _ in pickletools.genops(file)}
+                if names & {"GLOBAL", "STACK_GLOBAL", "INST"}:
+                    return True
+    except (
+        ValueError,
+        OSError,
+        StopIteration,
+        zipfile.BadZipFile,
+    ):  # no whole pickle: damaged, or another thing
+        pass
+    return False
 
 
 def _without_prefix(weights: object) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
+from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import CMSLevel, ModelConfig
 from hopeprobe.model.state import LevelState
 
@@ -59,8 +60,8 @@ class Level(nn.Module):
         self.w_out = nn.Parameter(torch.empty(d, h))
         self.b_out = nn.Parameter(torch.empty(d))
 
-        def point(name: str, dims: str, equation: str, cadence: str = "tick") -> HookPoint:
-            return registry.add(f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, True, equation))  # type: ignore[arg-type]
+        def point(name: str, dims: str, equation: str, cadence: Cadence = "tick") -> HookPoint:
+            return registry.add(f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, True, equation))
 
         self.hook_in = point(
             "hook_in", "batch pos d_model", "in: the residual stream (gated) or the level before (chain)"

@@ -31,6 +31,12 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise BadInputError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}{hint}")
 
 
+def _check_whole(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise BadInputError(f"{name} is {value!r}, must be a whole number")
+
+
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
@@ -46,6 +52,7 @@ class CMSLevel:
     learning_rate: float = 0.1  # lr_l of equations: applied to the mean gradient of one period, >= 0
 
     def __post_init__(self) -> None:
+        _check_whole(period=self.period)
         _check_positive(period=self.period)
         if not self.name.isidentifier():
             raise BadInputError(
@@ -102,11 +109,17 @@ class ModelConfig:
     mlp_multiplier: int = 4  # hidden width of the MLP, `transformer` only
 
     def __post_init__(self) -> None:
+        levels: tuple[Any, ...] = self.cms_levels  # plain data, from a checkpoint
         object.__setattr__(
             self,
             "cms_levels",
-            tuple(lv if isinstance(lv, CMSLevel) else from_dict(CMSLevel, lv) for lv in self.cms_levels),
+            tuple(lv if isinstance(lv, CMSLevel) else from_dict(CMSLevel, lv) for lv in levels),
         )
+        _check_whole(
+            vocab_size=self.vocab_size, dim=self.dim, layers=self.layers, context=self.context, chunk=self.chunk,
+            chunk_memory=self.chunk_memory, conv_width=self.conv_width, truncate_ticks=self.truncate_ticks,
+            cms_multiplier=self.cms_multiplier, heads=self.heads, mlp_multiplier=self.mlp_multiplier,
+        )  # fmt: skip
         _check_choice("variant", self.variant, VARIANTS)
         _check_choice("query", self.query, ("memory", "static"))
         _check_choice("objective", self.objective, ("half-l2", "l2", "dot"))
@@ -151,6 +164,8 @@ class ModelConfig:
 
 def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:
     """Build a configuration dataclass from plain data; an unknown key raises `BadInputError` with near names."""
+    if not isinstance(data, Mapping):
+        raise BadInputError(f"{cls.__name__} is made from a mapping, not from {data!r}")
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:

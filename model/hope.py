@@ -20,7 +20,7 @@ from hopeprobe.model.cms import CMS, Tap
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import surprise_gate
 from hopeprobe.model.init import initialise
-from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, differentiable, score
+from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, score
 from hopeprobe.model.selfmod import Generated, SelfMod, Weights
 from hopeprobe.model.state import LayerState, State, detach_state, map_state
 
@@ -201,7 +201,7 @@ class HopeModel(Hooked, nn.Module):
         state: State,
         x: Tensor,
         targets: Tensor,
-        kept: list[Tensor] | None,
+        kept: list[Kept] | None,
         donated: bool = False,
     ) -> _Tick:
         """The primitive on embedded tokens (B, n <= C, d); a tick that is not complete is scored and not written.
@@ -301,13 +301,14 @@ class HopeModel(Hooked, nn.Module):
             last = i == len(wanted) - 1
             inputs = [t for tap in taps for t in (tap.pre, tap.delta)]
             with inner_backward():
-                found = torch.autograd.grad(
+                grads_found = torch.autograd.grad(
                     final,
                     inputs,
                     (gate.detach()[..., None] * grads).to(final.dtype),
                     retain_graph=keep_graph or not last,
                     allow_unused=True,
                 )
+            found = cast("tuple[Tensor | None, ...]", grads_found)  # None where an edit cut the tensor out
             for tap, pre, delta in zip(taps, found[::2], found[1::2], strict=True):
                 zero_pre, zero_delta = out[tap.layer][tap.level]
                 out[tap.layer][tap.level] = (
@@ -316,12 +317,12 @@ class HopeModel(Hooked, nn.Module):
                 )
         return out
 
-    def _keeping(self, targets: Tensor) -> list[Tensor] | None:
+    def _keeping(self, targets: Tensor) -> list[Kept] | None:
         """Where `score` may leave its probabilities: only for an outer gradient, and only while they are small."""
         wanted = torch.is_grad_enabled() and self.embed.requires_grad
         return [] if wanted and targets.numel() * self.config.vocab_size <= KEPT_ELEMENTS else None
 
-    def _differentiable(self, ticks: list[_Tick], targets: list[Tensor], kept: list[Tensor] | None) -> Tensor:
+    def _differentiable(self, ticks: list[_Tick], targets: list[Tensor], kept: list[Kept] | None) -> Tensor:
         losses = [t.losses for t in ticks]
         if torch.is_grad_enabled():
             # Tick after tick, as `score` saw the rows, so that the kept probabilities match.
@@ -331,7 +332,7 @@ class HopeModel(Hooked, nn.Module):
             final, flat, grads, target = rows
             flat = differentiable(final, self.embed, flat, grads, target, kept or [])
             sizes = [t.losses.numel() for t in ticks]
-            losses = [f.view_as(t.losses) for f, t in zip(flat.split(sizes), ticks, strict=True)]
+            losses = [f.view_as(t.losses) for f, t in zip(torch.split(flat, sizes), ticks, strict=True)]
         return torch.cat(losses, dim=1)
 
     # -- windows -------------------------------------------------------------------------------------------------

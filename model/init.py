@@ -35,9 +35,8 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 def _draw(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> Tensor:
     last = name.rsplit(".", 1)[-1]
-    owner = name.rsplit(".", 2)[-2] if "." in name else ""
     full = torch.zeros(parameter.shape, dtype=torch.float64)
-    if "norm" in owner or owner.startswith("norm"):
+    if last in ("weight", "bias"):  # of a LayerNorm: everything else has names of its own
         return full + (1.0 if last == "weight" else 0.0)
     if last.startswith("mix_"):
         return full
@@ -50,7 +49,7 @@ def _draw(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> Tenso
     if last == "b_in":
         fan_in = config.dim
     elif last == "b_out":
-        fan_in = config.dim * (config.mlp_multiplier if owner == "mlp" else config.cms_multiplier)
+        fan_in = config.dim * (config.cms_multiplier if ".cms." in name else config.mlp_multiplier)
     bound = fan_in**-0.5
     return full.uniform_(-bound, bound, generator=generator)
 

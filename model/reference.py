@@ -44,12 +44,12 @@ def memory_out(w: MemoryWeights, x: Tensor) -> Tensor:
 
 
 def _meta(selfmod: SelfMod) -> dict[str, MemoryWeights]:
-    out = {}
+    out: dict[str, MemoryWeights] = {}
     for name, module in selfmod.memories.items():
         memory = cast(Memory, module)
-        out[name] = {"w1": memory.w1, "w2": memory.w2} | (
-            {"skip": memory.skip} if memory.skip is not None else {}
-        )
+        out[name] = {"w1": memory.w1, "w2": memory.w2}
+        if memory.skip is not None:
+            out[name]["skip"] = memory.skip
     return out
 
 
@@ -135,7 +135,7 @@ def _cms_read(cms: CMS, levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
         outs.append(current + hidden @ w["w_out"].mT + level.b_out)
         if cms.chain:
             current = outs[-1]
-    if cms.mix_weight is None:
+    if cms.mix_weight is None or cms.mix_bias is None:
         return outs[-1]
     mix = torch.softmax(F.layer_norm(x, x.shape[-1:]) @ cms.mix_weight.mT + cms.mix_bias, dim=-1)
     return torch.stack(outs, dim=-1).mul(mix[:, None, :]).sum(-1)
@@ -176,7 +176,7 @@ def _levels(
     model: HopeModel, i: int, traces: list[LayerTrace]
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
     cms = cast(CMS, cast(Block, model.blocks[i]).cms)
-    metas = [{"w_in": lv.w_in, "w_out": lv.w_out} for lv in cms.level_list()]
+    metas: list[dict[str, Tensor]] = [{"w_in": lv.w_in, "w_out": lv.w_out} for lv in cms.level_list()]
     return list(zip(metas, traces[i].cms_fast, strict=True))
 
 

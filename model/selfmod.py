@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
+from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import MEMORIES, SCALAR_MEMORIES, ModelConfig
 from hopeprobe.model.state import MemoryState, Pending, SelfModState
 from hopeprobe.model.write import chunk_decay, gelu_slope, solve_errors
@@ -107,11 +108,11 @@ class SelfMod(nn.Module):
 
     def _add_hooks(self, registry: HookRegistry, prefix: str, names: list[str]) -> None:
         def point(
-            name: str, dims: str, equation: str, cadence: str = "tick", editable: bool = True
+            name: str, dims: str, equation: str, cadence: Cadence = "tick", editable: bool = True
         ) -> HookPoint:
             return registry.add(
                 f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation)
-            )  # type: ignore[arg-type]
+            )
 
         norm_v = "v = l2norm(M_v(u))" if self.config.normalise_value else "v = M_v(u)"
         query = "q = l2norm(M_q(u))" if self.w_q is None else "q = l2norm(W_q u)"
@@ -286,7 +287,8 @@ class SelfMod(nn.Module):
         eta = gate * made.eta
         retention = 1.0 - gate * (1.0 - made.alpha)
         fresh = Pending(made.k, made.v, eta, retention.clamp_min(torch.finfo(eta.dtype).tiny).log())
-        groups, pending = [], []
+        groups: list[MemoryState] = []
+        pending: list[Pending | None] = []
         for i, chunk in enumerate(self.group_chunks):
             held = state.pending[i]
             tokens = (
@@ -373,7 +375,14 @@ class SelfMod(nn.Module):
                 flat = full.ndim == 2 and base.ndim == 1  # a scalar memory's row is shown as (B, 1, in)
                 shown = full[:, None] if flat else full
                 edited = point(shown)
-                if edited is not shown:
+                if edited is shown:
+                    continue
+                if (
+                    edited.data_ptr() == shown.data_ptr()
+                ):  # a backward hook's view: no edit, so not by a rounding
+                    moved = edited - shown
+                    parts[field][index] = parts[field][index] + (moved[:, 0] if flat else moved)
+                else:
                     parts[field][index] = (edited[:, 0] if flat else edited) - base
         return MemoryState(
             *(torch.stack(p, 1) if p else t for p, t in zip(parts.values(), state, strict=True))

@@ -7,7 +7,7 @@ weights are held as their difference to the meta weights: a fresh state is zero,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -82,9 +82,9 @@ class State(NamedTuple):
 def map_state(fn: Callable[..., Tensor], state: _S, *others: _S) -> _S:
     """Apply `fn` to every tensor of a state (and the tensors at the same place in `others`); the rest is kept."""
     if isinstance(state, Tensor):
-        return fn(state, *others)  # type: ignore[return-value]
+        return cast(_S, fn(state, *others))
     if isinstance(state, tuple):
-        mapped = [map_state(fn, *parts) for parts in zip(state, *others, strict=True)]  # type: ignore[call-overload]
+        mapped = [map_state(fn, *parts) for parts in zip(state, *others, strict=True)]
         return type(state)(*mapped) if hasattr(state, "_fields") else tuple(mapped)  # type: ignore[return-value]
     return state
 
@@ -100,7 +100,7 @@ def select_rows(state: State, rows: Tensor | list[int]) -> State:
     return map_state(lambda t: t.index_select(0, index.to(t.device)), state)
 
 
-def average_rows(state: State, weights: Tensor) -> State:
+def average_rows(state: _S, weights: Tensor) -> _S:
     """Each row replaced by a weighted average of rows: `weights` is (B, B), row r holds the weights of new row r.
 
     Tokens (integers) cannot be averaged and stay as they are.
@@ -109,6 +109,6 @@ def average_rows(state: State, weights: Tensor) -> State:
     def mean(t: Tensor) -> Tensor:
         if not t.is_floating_point():
             return t
-        return torch.tensordot(weights.to(t), t, dims=1)
+        return cast(Tensor, torch.tensordot(weights.to(t), t, dims=1))
 
     return map_state(mean, state)

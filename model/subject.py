@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from hopeprobe.errors import BadInputError
 from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_checkpoints
 from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import freeze_hooks
 from hopeprobe.model.selfmod import Memory, SelfMod
-from hopeprobe.model.state import State, average_rows, select_rows
+from hopeprobe.model.state import State, average_rows, map_state, select_rows
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
 
 
@@ -35,7 +36,7 @@ class HopeSubject(Subject):
         self.vocab_size = model.config.vocab_size
         self.context = model.config.context
         self.tick = model.config.tick
-        self.step = checkpoint.step if checkpoint else 0
+        self.trained_steps = checkpoint.step if checkpoint else 0
         self.seed = model.seed
         self.dtype = str(model.embed.dtype).removeprefix("torch.")
 
@@ -48,7 +49,7 @@ class HopeSubject(Subject):
         """A fresh state of `batch` streams."""
         return self.module.init_state(batch)
 
-    def step_once(self, state: State, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, State]:
+    def step(self, state: State, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, State]:
         """One tick."""
         return self.module.step(state, tokens, next_token)
 
@@ -63,26 +64,12 @@ class HopeSubject(Subject):
 
     def reset_rows(self, state: State, rows: Sequence[int]) -> State:
         """Fast weights of the given rows back at their meta weights; what was read (tails, tokens) stays."""
-        keep = torch.ones(state.pending.shape[0], dtype=self.module.embed.dtype)
-        keep[list(rows)] = 0.0
-        return self._scaled(state, torch.diag(keep))
+        index = torch.tensor(list(rows), dtype=torch.int64, device=state.pending.device)
+        return _fast_mapped(state, lambda t: t.index_fill(0, index, 0.0))  # also where a row is not finite
 
     def average_rows(self, state: State, weights: Tensor) -> State:
         """Fast weights averaged over rows; what was read stays with its row."""
-        return self._scaled(state, weights)
-
-    def _scaled(self, state: State, weights: Tensor) -> State:
-        layers = []
-        for layer in state.layers:
-            selfmod = layer.selfmod
-            if selfmod is not None:
-                selfmod = selfmod._replace(groups=average_rows(selfmod.groups, weights))
-            cms = tuple(
-                lv._replace(w_in=average_rows(lv.w_in, weights), w_out=average_rows(lv.w_out, weights))
-                for lv in layer.cms
-            )
-            layers.append(layer._replace(selfmod=selfmod, cms=cms))
-        return state._replace(layers=tuple(layers))
+        return _fast_mapped(state, lambda t: average_rows(t, weights))
 
     def write_periods(self) -> Mapping[str, int]:
         """Tokens between two writes, by mechanism."""
@@ -142,7 +129,10 @@ class HopeSubject(Subject):
         if model is not None:
             return HopeSubject(model)
         for path in self.siblings():
-            first = read(path)
+            try:
+                first = read(path)
+            except BadInputError:
+                continue  # a damaged sibling is no reason to fail: it is as good as absent
             if first is not None and first.step == 0:
                 if digest(first.weights.items()) == self.checkpoint.init_digest:
                     return HopeSubject(first.to_model(), first, path)
@@ -169,6 +159,18 @@ class HopeSubject(Subject):
             "keys": len(self.checkpoint.weights),
             "data": self.checkpoint.data,
         }
+
+
+def _fast_mapped(state: State, fn: Callable[[Tensor], Tensor]) -> State:
+    """A state with `fn` applied to its fast weights, and nothing else."""
+    layers = []
+    for layer in state.layers:
+        selfmod = layer.selfmod
+        if selfmod is not None:
+            selfmod = selfmod._replace(groups=map_state(fn, selfmod.groups))
+        cms = tuple(lv._replace(w_in=fn(lv.w_in), w_out=fn(lv.w_out)) for lv in layer.cms)
+        layers.append(layer._replace(selfmod=selfmod, cms=cms))
+    return state._replace(layers=tuple(layers))
 
 
 def load_subject(path: Path) -> HopeSubject | None:

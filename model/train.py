@@ -23,9 +23,10 @@ from torch import Tensor
 
 import hopeprobe
 from hopeprobe.errors import BadInputError, DivergedError
+from hopeprobe.files import write_atomically
 from hopeprobe.hooks import HookPoint
-from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, step_path, write_atomically
-from hopeprobe.model.config import ModelConfig
+from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, step_path
+from hopeprobe.model.config import MEMORIES, ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import Watch, freeze_hooks, norm_ratio
@@ -102,7 +103,10 @@ class Run:
     step: int = 0
 
     def checkpoint(self) -> Path:
-        """Write the checkpoint of the current step and return its path."""
+        """Write the checkpoint of the current step and return its path; `DivergedError` for weights that are not finite."""
+        bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise _diverged(self, self.step, f"the update made {', '.join(bad[:3])} not finite")
         full = self.config.resumable(self.step)
         path = step_path(self.folder, self.step)
         save(
@@ -210,16 +214,23 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
         out = run.model(tokens)
     loss = out.losses.mean()
     if not math.isfinite(loss.item()):
-        where = first_not_finite(run.model, tokens)
+        where = first_not_finite(run.model, tokens) or "in no hook point: the weights of the head"
         raise _diverged(run, step, f"the loss is {loss.item()}; the first value that is not finite: {where}")
     ratio = norm_ratio(run.model, out.state)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = float(torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip))
-    if not math.isfinite(norm):
+    loss.backward()
+    parameters = list(run.model.parameters())
+    total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(total)
+    if not math.isfinite(norm):  # before clipping, which would spread it over all parameters
         bad = [
             n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
-        raise _diverged(run, step, f"the gradient is not finite, in {', '.join(bad[:3])}")
+        where = first_not_finite(run.model, tokens)  # one that the loss does not see yet, as a rule
+        began = f"; the first value that is not finite: {where}" if where else ""
+        raise _diverged(
+            run, step, f"the gradient is not finite, in {', '.join(bad[:3]) or 'its norm alone'}{began}"
+        )
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.clip, total)
     run.optimizer.step()
     run.step = step
     return {
@@ -239,8 +250,8 @@ def _diverged(run: Run, step: int, what: str) -> DivergedError:
 
 
 @torch.no_grad()
-def first_not_finite(model: HopeModel, tokens: Tensor) -> str:
-    """Run a batch again and name the first hook point whose value is not finite, with its layer and memory."""
+def first_not_finite(model: HopeModel, tokens: Tensor) -> str | None:
+    """Run a batch again and name the first hook point whose value is not finite, with its layer and memory, if any."""
     found: list[str] = []
 
     def look(tensor: Tensor, hook: HookPoint) -> None:
@@ -250,10 +261,15 @@ def first_not_finite(model: HopeModel, tokens: Tensor) -> str:
     with model.hooks(fwd_hooks=[(lambda _: True, look)], allow_unfired=True):
         model(tokens)
     if not found:
-        return "in no hook point: the weights of the head"
+        return None
     parts = found[0].split(".")
     place = f"layer {parts[1]}" if parts[0] == "blocks" else "outside the layers"
-    owner = f", {parts[2]} {parts[3]}" if len(parts) == 5 else f", {parts[2]}" if len(parts) == 4 else ""
+    owner = ""
+    if len(parts) == 5:
+        owner = f", memory {parts[3]}" if parts[2] == "selfmod" else f", {parts[2]} level {parts[3]}"
+    elif len(parts) == 4:
+        memory = {"out": "memory"}.get(parts[3].removeprefix("hook_"), parts[3].removeprefix("hook_"))
+        owner = f", memory {memory}" if parts[2] == "selfmod" and memory in MEMORIES else f", {parts[2]}"
     return f"{place}{owner} ({found[0]})"
 
 
@@ -283,7 +299,24 @@ def _resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, fo
     else:
         if not run_checkpoints(folder):
             raise BadInputError(f"{folder} holds no run to resume; start one without --resume")
-        return dataclasses.replace(_restart(model_config, config, data, folder))
+        return _restart(model_config, config, data, folder)
+    _check_same(path, checkpoint, model_config, config, data)
+    model = checkpoint.to_model()
+    optimizer = make_optimizer(model, config)
+    optimizer.load_state_dict(checkpoint.optimizer or {})
+    if checkpoint.generators:
+        torch.set_rng_state(checkpoint.generators["torch"])
+    return Run(model, optimizer, config, data, folder, checkpoint.init_digest, checkpoint.step)
+
+
+#: What a resumed run may have different without ceasing to be the same run.
+_MAY_CHANGE = ("steps", "checkpoint_every", "eval_every", "eval_tokens")
+
+
+def _check_same(
+    path: Path, checkpoint: Checkpoint, model_config: ModelConfig, config: TrainConfig, data: TokenData
+) -> None:
+    """`BadInputError` says what differs between the run that wrote a checkpoint and the one that would continue it."""
     if checkpoint.config != model_config:
         raise BadInputError(
             f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}"
@@ -299,25 +332,19 @@ def _resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, fo
         raise BadInputError(
             f"{path} was trained on {checkpoint.data.get('name')!r}, whose tokens differ from {data.name!r}"
         )
-    model = checkpoint.to_model()
-    optimizer = make_optimizer(model, config)
-    optimizer.load_state_dict(checkpoint.optimizer or {})
-    if checkpoint.generators:
-        torch.set_rng_state(checkpoint.generators["torch"])
-    return Run(model, optimizer, config, data, folder, checkpoint.init_digest, checkpoint.step)
-
-
-#: What a resumed run may have different without ceasing to be the same run.
-_MAY_CHANGE = ("steps", "checkpoint_every", "eval_every", "eval_tokens")
 
 
 def _restart(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
     """A run killed before its first resumable checkpoint begins again, from the same step 0."""
-    first = read(run_checkpoints(folder)[0])
+    path = run_checkpoints(folder)[0]
+    first = read(path)
+    if first is None:
+        raise BadInputError(f"{path} is not a checkpoint of a run; choose another --out")
+    _check_same(path, first, model_config, config, data)
     model = HopeModel(model_config, config.seed)
     run = Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
-    if first is None or first.init_digest != run.init_digest:
-        raise BadInputError(f"{folder} holds a run of another configuration or seed; choose another --out")
+    if first.init_digest != run.init_digest:
+        raise BadInputError(f"{path} began from other initial weights than these; choose another --out")
     return run
 
 

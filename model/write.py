@@ -58,9 +58,9 @@ def solve_errors(
     target = push + decay.before[..., None] * read
     if read_meta is not None:
         target = target + read_meta
-    return torch.linalg.solve_triangular(
-        decay.system, eta[..., None] * target, upper=False, unitriangular=True
-    )
+    scaled = eta[..., None] * target
+    errors: Tensor = torch.linalg.solve_triangular(decay.system, scaled, upper=False, unitriangular=True)
+    return errors
 
 
 def gelu_slope(z: Tensor) -> Tensor:

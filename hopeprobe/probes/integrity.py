@@ -212,7 +212,11 @@ def _distances(subject: Subject, initial: Subject | None) -> list[Measurement]:
         others = []
     try:
         rounding = {"float64": 2.0**-52, "float32": 2.0**-23}.get(subject.dtype, 2.0**-7)
-        reach = None if subject.step is None else adamw_reach(subject.training(), subject.step, rounding)
+        reach = (
+            None
+            if subject.trained_steps is None
+            else adamw_reach(subject.training(), subject.trained_steps, rounding)
+        )
     except MissingCapability:
         reach = None
     rows = []
@@ -257,7 +261,7 @@ def _surely_untrained(
     subject: Subject, findings: Sequence[Finding], distances: Sequence[Finding]
 ) -> list[str]:
     reasons = []
-    if subject.step == 0:
+    if subject.trained_steps == 0:
         reasons.append("the checkpoint is of step 0")
     if any(f.measurement.place.component == _ALL and f.measurement.estimate.value == 0 for f in distances):
         reasons.append("every weight is that of the initialisation")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import hopeprobe
-from hopeprobe import analysis, nulls
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
@@ -69,7 +68,7 @@ def test_a_model_of_another_seed_is_hardly_ever_learned(subject_of, settings):
     verdicts = []
     for seed in range(1, 7):
         subject = Impostor(subject_of(seed=seed).module)
-        subject.start, subject.step = subject_of(seed=0), 200
+        subject.start, subject.trained_steps = subject_of(seed=0), 200
         frame = analyze(subject, "cms-similarity", **settings | {"fresh": 10}).frame
         verdicts += list(frame.verdict)
     assert len(verdicts) == 96
@@ -163,11 +162,9 @@ def test_neither_batch_size_nor_the_cache_changes_results(toy_run, settings, tmp
     assert small.data == base.data
 
 
-def test_fresh_init_is_compared_on_the_same_prefix(toy_run, settings, monkeypatch):
-    for module in (analysis, nulls):
-        monkeypatch.setattr(module, "FRESH_TOKENS", 700)
+def test_fresh_init_is_compared_on_the_same_prefix(toy_run, settings):
     path = toy_run / "step-000040.pt"
-    frame = analyze(path, "cms-similarity", **settings).frame
+    frame = analyze(path, "cms-similarity", **settings, fresh_tokens=700).frame
     there = analyze(path, "cms-similarity", **settings | {"tokens": 700, "fresh": 0}).frame
     ranks = frame[frame.statistic == "output_cosine"]
     for row in ranks.itertuples():

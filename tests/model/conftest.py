@@ -8,9 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from model_toys import CONFIGS, TOY  # noqa: E402
+from model_toys import CONFIGS, TOY
 
-from hopeprobe.model.hope import HopeModel  # noqa: E402
+from hopeprobe.model.hope import HopeModel
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,7 @@ class Impostor(HopeSubject):
 
 def impostor(model, start, step=200, **told):
     subject = Impostor(model)
-    subject.step, subject.start, subject.name = step, start, "impostor"
+    subject.trained_steps, subject.start, subject.name = step, start, "impostor"
     subject.told = {"learning_rate": 3e-4, "warmup": 0, "weight_decay": 0.1, "keys": 69, **told}
     return subject
 
