@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rich.table import Table
 
@@ -66,7 +67,10 @@ def _range(null: NullRow) -> str:
 def _notes(rows: list[ResultRow]) -> str | None:
     notes: dict[str, int] = {}
     for row in rows:
-        if row.note:
-            notes[row.note] = notes.get(row.note, 0) + 1
-    lines = [f"{note} ({count} rows)" if count > 1 else note for note, count in notes.items()]
+        for note in filter(None, row.note.split("; ")):
+            note = re.sub(
+                r"^(fresh-init on the first \d+ tokens), .*", r"\1", note
+            )  # the value there: in the JSON
+            notes[note] = notes.get(note, 0) + 1
+    lines = [f"{note} ({count} rows)" if 1 < count < len(rows) else note for note, count in notes.items()]
     return "\n".join(lines[:6]) or None

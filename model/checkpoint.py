@@ -126,14 +126,8 @@ def _load_plain(path: Path) -> object:
         raise BadInputError(
             f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint"
         )
-    if zipfile.is_zipfile(
-        path
-    ):  # torch reads a member without checking its checksum: a flipped bit would pass
-        with zipfile.ZipFile(path) as archive:
-            if (wrong := archive.testzip()) is not None:
-                raise BadInputError(
-                    f"{path} is damaged: the checksum of {wrong} is wrong; take another checkpoint"
-                )
+    if (wrong := _wrong_member(path)) is not None:
+        raise BadInputError(f"{path} is damaged: {wrong}; take another checkpoint of the run")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the formats that foreign files come in
@@ -154,6 +148,18 @@ def _load_plain(path: Path) -> object:
         ) from None
 
 
+def _wrong_member(path: Path) -> str | None:
+    """What is wrong with an archive: torch reads its members without checking their checksums."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # noqa: BLE001 - zipfile raises eight kinds for a directory that was changed
+        return f"its directory cannot be read ({error})"
+    return None if wrong is None else f"the checksum of {wrong} is wrong"
+
+
 def _names_code(path: Path) -> bool:
     """Does a pickle that torch refused name things to import; it is only taken apart, never executed."""
     try:
@@ -168,13 +174,8 @@ def _names_code(path: Path) -> bool:
                 names = {opcode.name for opcode, _, _ in pickletools.genops(file)}
                 if names & {"GLOBAL", "STACK_GLOBAL", "INST"}:
                     return True
-    except (
-        ValueError,
-        OSError,
-        StopIteration,
-        zipfile.BadZipFile,
-    ):  # no whole pickle: damaged, or another thing
-        pass
+    except Exception:  # noqa: BLE001 - no whole pickle: damaged, or another thing
+        return False
     return False
 
 

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopeprobe.errors import BadInputError
-from hopeprobe.hooks import Hooked, HookRegistry, HookSpec, inner_backward
+from hopeprobe.hooks import Hooked, HookRegistry, HookSpec
 from hopeprobe.model.attention import MLP, Attention
 from hopeprobe.model.cms import CMS, Tap
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import surprise_gate
 from hopeprobe.model.init import initialise
+from hopeprobe.model.inner import inner_gradients
 from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, score
 from hopeprobe.model.selfmod import Generated, SelfMod, Weights
 from hopeprobe.model.state import LayerState, State, detach_state, map_state
@@ -259,7 +260,7 @@ class HopeModel(Hooked, nn.Module):
         end = state.position + gate.shape[1]
         levels = [cast(CMS, self._block(i).cms).level_list() for i in range(len(layers))]
         gates = [[level.hook_write_gate(gate) for level in of_block] for of_block in levels]
-        inner = self._inner_gradients(final, grads, made, gates)
+        inner = inner_gradients(final, grads, [m.taps for m in made], gates)
         out = []
         for i, layer in enumerate(layers):
             selfmod, weights, generated = self._block(i).selfmod, prepared[i], made[i].generated
@@ -273,48 +274,6 @@ class HopeModel(Hooked, nn.Module):
                     for level, held, tap in zip(levels[i], layer.cms, made[i].taps, strict=True)
                 )
             out.append(layer._replace(selfmod=fast, cms=cms))
-        return out
-
-    def _inner_gradients(
-        self, final: Tensor, grads: Tensor, made: list[_Made], gates: list[list[Tensor]]
-    ) -> list[list[tuple[Tensor, Tensor]]]:
-        """D sum_t g_t CE_t / d(pre-activation, delta) of every level; one backward for each distinct gate.
-
-        Only this tick's graph is walked: state is a constant. A tensor that an edit cut out of the graph counts as a
-        constant, its gradient is zero.
-        """
-        out: list[list[tuple[Tensor, Tensor]]] = [
-            [(torch.zeros_like(tap.hidden), torch.zeros_like(tap.input)) for tap in m.taps] for m in made
-        ]
-        distinct = {id(g): g for of_block in gates for g in of_block}
-        wanted: dict[int, list[Tap]] = {key: [] for key in distinct}
-        for m in made:
-            for tap in m.taps:
-                wanted[id(gates[tap.layer][tap.level])].append(tap)
-        # On a GPU the question would stall the stream; there a closed gate costs its zero gradient.
-        wanted = {key: taps for key, taps in wanted.items() if final.is_cuda or bool(distinct[key].any())}
-        if not final.requires_grad:
-            return out
-        keep_graph = torch.is_grad_enabled()
-        for i, (key, taps) in enumerate(wanted.items()):
-            gate = distinct[key]
-            last = i == len(wanted) - 1
-            inputs = [t for tap in taps for t in (tap.pre, tap.delta)]
-            with inner_backward():
-                grads_found = torch.autograd.grad(
-                    final,
-                    inputs,
-                    (gate.detach()[..., None] * grads).to(final.dtype),
-                    retain_graph=keep_graph or not last,
-                    allow_unused=True,
-                )
-            found = cast("tuple[Tensor | None, ...]", grads_found)  # None where an edit cut the tensor out
-            for tap, pre, delta in zip(taps, found[::2], found[1::2], strict=True):
-                zero_pre, zero_delta = out[tap.layer][tap.level]
-                out[tap.layer][tap.level] = (
-                    zero_pre if pre is None else pre,
-                    zero_delta if delta is None else delta,
-                )
         return out
 
     def _keeping(self, targets: Tensor) -> list[Kept] | None:

@@ -1,9 +1,8 @@
 """Training: AdamW over packed windows, checkpoints on a schedule, metrics a line a step, resumable bit for bit.
 
-The data order is a function of seed and step, nothing in the forward pass draws random numbers, and a
-checkpoint holds the
-optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine and
-thread count).
+The data order is a function of seed and step, nothing in the forward pass draws random numbers, and a checkpoint holds
+the optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine and thread
+count).
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from hopeprobe.model.config import MEMORIES, ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import Watch, freeze_hooks, norm_ratio
+from hopeprobe.model.state import detach_state
+from hopeprobe.model.truncation import check_memory, segments
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
 
 EARLY_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
@@ -103,9 +104,9 @@ class Run:
     step: int = 0
 
     def checkpoint(self) -> Path:
-        """Write the checkpoint of the current step and return its path; `DivergedError` for weights that are not finite."""
+        """Write the checkpoint of the current step; `DivergedError` instead where a weight is not finite."""
         bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
-        if bad:
+        if bad:  # finite gradients can do that, where the rate is absurd
             raise _diverged(self, self.step, f"the update made {', '.join(bad[:3])} not finite")
         full = self.config.resumable(self.step)
         path = step_path(self.folder, self.step)
@@ -171,6 +172,7 @@ def train(
         DivergedError: the loss or a gradient is not finite; the message says where that began, the last good
         checkpoint stays.
     """
+    check_memory(model_config, config.batch)
     train_windows = TrainWindows(data, model_config.context, config.batch, config.seed)
     held_out = _held_out(data, model_config, config)
     run = (
@@ -210,14 +212,18 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = config.rate(step)
     run.optimizer.zero_grad(set_to_none=True)
+    loss, state = 0.0, run.model.init_state(tokens.shape[0])
     with watch.on():
-        out = run.model(tokens)
-    loss = out.losses.mean()
-    if not math.isfinite(loss.item()):
-        where = first_not_finite(run.model, tokens) or "in no hook point: the weights of the head"
-        raise _diverged(run, step, f"the loss is {loss.item()}; the first value that is not finite: {where}")
-    ratio = norm_ratio(run.model, out.state)
-    loss.backward()
+        for part in segments(run.model.config, tokens):
+            out = run.model(part, state=state)
+            mean = out.losses.sum() / tokens[:, 1:].numel()
+            loss += mean.item()
+            if not math.isfinite(loss):
+                where = first_not_finite(run.model, tokens) or "in no hook point: the weights of the head"
+                raise _diverged(run, step, f"the loss is {loss}; the first value that is not finite: {where}")
+            mean.backward()
+            state = detach_state(out.state)
+    ratio = norm_ratio(run.model, state)
     parameters = list(run.model.parameters())
     total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = float(total)
@@ -225,8 +231,8 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
         bad = [
             n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
-        where = first_not_finite(run.model, tokens)  # one that the loss does not see yet, as a rule
-        began = f"; the first value that is not finite: {where}" if where else ""
+        hidden = first_not_finite(run.model, tokens)  # one that the loss does not see yet, as a rule
+        began = f"; the first value that is not finite: {hidden}" if hidden else ""
         raise _diverged(
             run, step, f"the gradient is not finite, in {', '.join(bad[:3]) or 'its norm alone'}{began}"
         )
@@ -234,7 +240,7 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
     run.optimizer.step()
     run.step = step
     return {
-        "loss": loss.item(),
+        "loss": loss,
         "grad_norm": norm,
         "learning_rate": config.rate(step),
         "gate_rate": watch.mean("gate"),

@@ -40,7 +40,7 @@ def test_published_keeps_the_sizes_and_switches_the_rule():
         "static", "l2", "softplus", "zero", "chain", "stop",
     )  # fmt: skip
     assert (rule.eta_max, rule.eta_bias, rule.alpha_bias, rule.embed_std) == (1e-3, None, None, 1.0)
-    assert not (rule.normalise_value or rule.proximal or rule.residual)
+    assert [rule.normalise_value, rule.proximal, rule.residual] == [False] * 3
     for same in ("dim", "layers", "context", "heads", "cms_levels", "vocab_size", "surprise_threshold"):
         assert getattr(rule, same) == getattr(config, same)
 
@@ -122,9 +122,9 @@ def test_levels_that_cannot_work(values, message):
 
 
 def test_unknown_presets_and_variants_offer_near_names():
-    with pytest.raises(BadInputError, match="'tinny'.*did you mean 'tiny'"):
+    with pytest.raises(BadInputError, match=r"'tinny'.*did you mean 'tiny'"):
         preset("tinny")
-    with pytest.raises(BadInputError, match="variant is 'transfomer'.*did you mean 'transformer'"):
+    with pytest.raises(BadInputError, match=r"variant is 'transfomer'.*did you mean 'transformer'"):
         preset("tiny", "transfomer")
 
 

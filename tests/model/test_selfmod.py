@@ -97,7 +97,7 @@ def test_what_a_tick_generates(name, layer):
         )
         eta = expit(eta) if config.eta_squash == "sigmoid" else np.logaddexp(0, eta)
         q = here @ selfmod.w_q.detach().numpy().T if config.query == "static" else m("q", here)
-        close = dict(rtol=0, atol=1e-10)
+        close = {"rtol": 0, "atol": 1e-10}
         assert np.allclose(shown("k"), unit(m("k", here)), **close)
         assert np.allclose(shown("v"), unit(v) if config.normalise_value else v, **close)
         assert np.allclose(shown("q"), unit(q), **close)

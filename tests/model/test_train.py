@@ -1,4 +1,4 @@
-"""Training: what a run writes, that a resumed one is the same run, and that a diverged one says where and keeps what was good."""
+"""Training: what a run writes; a resumed one is the same run; a diverged one says where and keeps what was good."""
 
 import dataclasses
 import json

@@ -1,0 +1,59 @@
+"""How far the outer gradient reaches back, and what that costs in memory.
+
+Cut every N ticks, a window is several graphs: each is backpropagated and freed by itself, so memory follows N.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from hopeprobe.errors import BadInputError
+from hopeprobe.model.config import ModelConfig
+
+#: Share of the machine's memory that a graph may take; the rest is logits, gradients and everybody else's.
+_SHARE = 0.8
+
+
+def segments(config: ModelConfig, tokens: Tensor) -> Iterator[Tensor]:
+    """Parts of windows (B, T + 1) between which no gradient flows; each begins with the last token of the previous."""
+    size = config.truncate_ticks * config.tick or tokens.shape[1]
+    for start in range(0, tokens.shape[1] - 1, size):
+        yield tokens[:, start : start + size + 1]
+
+
+def graph_bytes(config: ModelConfig, batch: int) -> int:
+    """Roughly what the graph of one segment holds, float32: each tick keeps the fast weights it read and wrote.
+
+    Of six memories a layer (ten d x d matrices) both; of a CMS level its differences, as often as it is written.
+    """
+    if not config.writes:
+        return 0
+    d = config.dim
+    memories = 2 * (6 + 4) * d * d
+    cms = sum(2 * config.cms_multiplier * d * d * config.tick / level.period for level in config.cms_levels)
+    return int(4 * batch * config.layers * _ticks(config) * (memories + cms))
+
+
+def check_memory(config: ModelConfig, batch: int) -> None:
+    """Raise `BadInputError` for what the machine cannot hold, with what it can: the system would kill it silently."""
+    try:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # a system that does not say
+        return
+    needed = graph_bytes(config, batch)
+    if needed <= _SHARE * available:
+        return
+    fitting = max(1, int(_ticks(config) * 0.5 * available / needed))
+    raise BadInputError(
+        f"a gradient through {_ticks(config)} ticks of {batch} windows keeps about {needed / 2**30:.0f} GiB of fast "
+        f"weights, this machine has {available / 2**30:.0f} GiB: cut it with --truncate-ticks {fitting}, or take a "
+        "smaller --batch"
+    )
+
+
+def _ticks(config: ModelConfig) -> int:
+    return config.truncate_ticks or math.ceil(config.context / config.tick)
