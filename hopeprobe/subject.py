@@ -1,9 +1,8 @@
 """The contract between probes and models, and how a checkpoint file becomes something that can be probed.
 
-A loader is registered under the entry-point group `hopeprobe.subjects`; it gets a path and returns a
-`Subject`, or None when
-the file is not of its kind. Our own model registers there like any other. What a model cannot do it leaves alone: the
-default raises `MissingCapability`, and a probe that needs it answers `n/a`.
+A loader is registered under the entry-point group `hopeprobe.subjects`; it gets a path and returns a `Subject`, or
+None when the file is not of its kind. Our own model registers there like any other. What a model cannot do it leaves
+alone: the default raises `MissingCapability`, and a probe that needs it answers `n/a`.
 """
 
 from __future__ import annotations

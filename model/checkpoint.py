@@ -1,9 +1,8 @@
 """Checkpoints: one versioned file, written atomically, read strictly.
 
-Layout (format "hopeprobe-hope", version 1): plain data and tensors only, so that
-`torch.load(weights_only=True)` reads it
-and code hidden in a foreign file is never executed. Early checkpoints carry weights alone; those a run can resume from
-carry the optimiser and generator states as well.
+Layout (format "hopeprobe-hope", version 1): plain data and tensors only, so that `torch.load(weights_only=True)`
+reads it and code hidden in a foreign file is never executed. Early checkpoints carry weights alone; those a run can
+resume from carry the optimiser and generator states as well.
 """
 
 from __future__ import annotations
@@ -155,8 +154,11 @@ def _wrong_member(path: Path) -> str | None:
             return None
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
+            folders = [i.filename for i in archive.infolist() if i.external_attr & 0x10]
     except Exception as error:  # noqa: BLE001 - zipfile raises eight kinds for a directory that was changed
         return f"its directory cannot be read ({error})"
+    if folders:  # one bit, and torch would take what is in memory for the member's content
+        return f"{folders[0]} is marked as a folder"
     return None if wrong is None else f"the checksum of {wrong} is wrong"
 
 

@@ -1,10 +1,9 @@
 """The CMS: MLP levels written at different periods by the task's own gradient, combined by gates or in a chain.
 
-Level l: out = in + delta, delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out. Every p_l tokens
-Delta_l <- Delta_l - (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices. `gated`
-mixes the levels'
-outputs with learned per-token weights (the study's description); `chain` feeds level after level ("Nested Learning",
-arXiv 2512.24695, Eq. 70).
+Level l: out = in + delta, delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out. Every p_l tokens Delta_l <- Delta_l
+- (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices. `gated` mixes the levels' outputs
+with learned per-token weights (the study's description); `chain` feeds level after level ("Nested Learning", arXiv
+2512.24695, Eq. 70).
 """
 
 from __future__ import annotations

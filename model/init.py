@@ -1,8 +1,8 @@
 """Initial weights as a pure function of configuration and seed.
 
-Every parameter draws from a generator of its own, seeded by the seed and the parameter's name: variants share
-the initial
-weights wherever names and shapes agree, and the step-0 weights of a run can be rebuilt from its checkpoint at any time.
+Every parameter draws from a generator of its own, seeded by the seed and the parameter's name: variants share the
+initial weights wherever names and shapes agree, and the step-0 weights of a run can be rebuilt from its checkpoint at
+any time.
 """
 
 from __future__ import annotations

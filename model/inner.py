@@ -21,7 +21,9 @@ TapGradients = tuple[Tensor, Tensor]  # (B, C, h) for the pre-activation, (B, C,
 def inner_gradients(
     final: Tensor, grads: Tensor, taps: Sequence[Sequence[Tap]], gates: Sequence[Sequence[Tensor]]
 ) -> list[list[TapGradients]]:
-    """D sum_t g_t CE_t / d(pre-activation, delta) of every level; one backward for each distinct gate.
+    """Gradients of sum_t g_t CE_t with respect to every level's pre-activation and delta.
+
+    One backward for each distinct gate.
 
     Args:
         final: (B, C, d), what the head read, in the graph.

@@ -1,9 +1,8 @@
 """The model as an executable reference: one sequence, one token at a time, nothing clever.
 
-Reads like the equations (design, section 3; "Nested Learning", arXiv 2512.24695, section 8). Inner gradients come from
-autograd, the delta rule is its plain recurrence, every memory has its own matrices. It is slow, meant for
-float64, and what
-the fast path (`hope.py`, `selfmod.py`, `cms.py`, `write.py`) is tested against. No hooks fire here.
+Reads like the equations (design, section 3; "Nested Learning", arXiv 2512.24695, section 8). Inner gradients come
+from autograd, the delta rule is its plain recurrence, every memory has its own matrices. It is slow, meant for
+float64, and what the fast path (`hope.py`, `selfmod.py`, `cms.py`, `write.py`) is tested against. No hooks fire here.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ Per token t of a chunk, gradients taken at the chunk's start (paper "Nested Lear
 
 The first is a gated delta rule; with gamma_t = prod_{s<=t} alpha_s its chunk solves one unit-triangular system
 
-    (I + tril(diag(eta)(Gamma * K K^T), -1)) E = diag(eta)(U + diag(gamma_{t-1}) K W0^T),   Gamma_ti =
-    gamma_{t-1}/gamma_i W_C = gamma_C W0 - E^T diag(gamma_C/gamma_i) K
+    (I + tril(diag(eta)(Gamma * K K^T), -1)) E = diag(eta)(U + diag(gamma_{t-1}) K W0^T)
+    Gamma_ti = gamma_{t-1} / gamma_i
+    W_C = gamma_C W0 - E^T diag(gamma_C/gamma_i) K
 
 (the WY form: Yang et al. 2024, arXiv 2412.06464). Cost O(C^2 d + C d^2) a chunk. Ratios are exponentials of differences
 of log gamma, all at most 1, so nothing overflows however long the chunk or strong the decay.

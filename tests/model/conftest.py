@@ -21,7 +21,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=[k for k in CONFIGS])
+@pytest.fixture(params=list(CONFIGS))
 def config(request):
     return CONFIGS[request.param]
 

@@ -53,6 +53,7 @@ def test_every_level_writes_its_own_gates_sum_of_gradients(mode, grad, seed):
     which = {(i, j): gates(100 * seed + 10 * i + j) for i, j, _ in levels(model)}
     which[0, 1] = which[0, 0] * 0.5  # one level gated by half of another's
     which[1, 0] = which[1, 1].round()
+    which[1, 0][:, 3] = 1.0  # something is written
     hooks = [
         (f"blocks.{i}.cms.{level.spec.name}.hook_write_gate", putting(which[i, j]))
         for i, j, level in levels(model)

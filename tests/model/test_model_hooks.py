@@ -55,6 +55,12 @@ def cache():
         return model.run_with_cache(TOKENS)[1]
 
 
+@pytest.fixture(scope="module")
+def unedited():
+    with torch.no_grad():
+        return HopeModel(TOY, seed=1, dtype=torch.float64)(TOKENS)
+
+
 def tensors(state):
     if isinstance(state, torch.Tensor):
         return [state]
@@ -92,18 +98,19 @@ def test_every_point_fires_once_a_tick_or_once_a_write(toy):
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_it_can_be_edited_where_it_says_so(toy, name):
+def test_it_can_be_edited_where_it_says_so(toy, unedited, name):
     """A small edit from the first firing on moves losses or state; a point to observe refuses one."""
     with torch.no_grad():
-        plain = toy(TOKENS)
         edit = [(name, lambda t, hook: t * 1.01)]
         if not TABLE[name][2]:
             with pytest.raises(BadInputError, match="cannot be edited"):
                 toy.run_with_hooks(TOKENS, fwd_hooks=edit)
             return
         edited = toy.run_with_hooks(TOKENS, fwd_hooks=edit)
-        same(toy(TOKENS), plain)  # and nothing of it stays
-    pairs = zip([edited.losses, *tensors(edited.state)], [plain.losses, *tensors(plain.state)], strict=True)
+    assert not toy.hook_dict[name].active
+    pairs = zip(
+        [edited.losses, *tensors(edited.state)], [unedited.losses, *tensors(unedited.state)], strict=True
+    )
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
