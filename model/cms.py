@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import CMSLevel, ModelConfig
@@ -131,6 +132,11 @@ class CMS(nn.Module):
         self.layer = layer
         self.chain = config.cms_mode == "chain"
         prefix = f"blocks.{layer}.cms"
+        for spec in config.cms_levels:
+            if hasattr(nn.ModuleDict, spec.name):
+                raise BadInputError(
+                    f"a CMS level cannot be called {spec.name!r}: torch uses the name; choose another"
+                )
         self.levels = nn.ModuleDict(
             {spec.name: Level(config, spec, registry, f"{prefix}.{spec.name}") for spec in config.cms_levels}
         )

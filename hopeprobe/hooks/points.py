@@ -116,7 +116,8 @@ class HookPoint:
 
     Raises, at the moment of firing: `MeasurementError` when the tensor does not have the declared dimensions;
     `BadInputError` when a hook replaces at a point that is not editable, or with another shape, dtype or
-    device; `TypeError` when a hook returns something that is not a tensor.
+    device, or edits the tensor in place, which other points may share; `TypeError` when a hook returns
+    something that is not a tensor.
 
     >>> point = HookPoint("hook_x", HookSpec(("pos",), "tick", True, "x"))
     >>> handle = point.add_hook(lambda tensor, hook: tensor * 2)
@@ -191,7 +192,14 @@ class HookPoint:
         for hook in self._fwd:
             hook.reached += 1
             hook.fired += 1
-            tensor = self._outcome(hook.fn(tensor, self), tensor)
+            before = None if tensor.is_inference() else tensor._version
+            returned = hook.fn(tensor, self)
+            if before is not None and tensor._version != before:
+                raise BadInputError(
+                    f"hook point {self.name!r}: the hook changed its tensor in place, and other parts of the model "
+                    "share it; return a new tensor instead, for instance an edited tensor.clone()"
+                )
+            tensor = self._outcome(returned, tensor)
         if self._bwd:
             tensor = self._attach_backward(tensor)
         return tensor

@@ -168,7 +168,7 @@ def test_fast_weights_keep_their_size_over_a_context_at_initialisation(dim):
 
 
 def test_the_published_rule_collapses():
-    """Retention of about a half leaves 0.4 % of the weights after 8 tokens: relative drift 1.0, which is no adaptation."""
+    """Retention of about a half leaves 0.4 % of the weights after 8 tokens: relative drift 1.0, and no adaptation."""
     config = published(ModelConfig(vocab_size=512, dim=64, layers=2, context=64, heads=2))
     model = HopeModel(config, seed=0)
     tokens = torch.randint(0, 512, (4, 65), generator=torch.Generator().manual_seed(0))

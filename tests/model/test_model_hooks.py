@@ -371,3 +371,18 @@ def test_periods_that_do_not_fit_the_tokens(tokens):
     model = HopeModel(config, seed=1)
     with torch.no_grad(), pytest.raises(HookNeverFiredError, match="never"):
         model.run_with_cache(TOKENS, names_filter="blocks.0.cms.never.hook_fast_in")
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.0.cms.fast.hook_write_gate", "blocks.0.selfmod.k.hook_fast_w2", "hook_gate"]
+)
+def test_an_edit_in_place_is_refused(toy, tokens, name):
+    """Levels share their gate's tensor: closing one in place would silently close them all."""
+    with torch.no_grad(), pytest.raises(BadInputError, match="in place"):
+        toy.run_with_hooks(tokens, fwd_hooks=[(name, lambda t, hook: t.zero_())])
+
+
+@pytest.mark.parametrize("name", ["keys", "type", "half"])
+def test_a_level_cannot_take_a_name_that_torch_uses(name):
+    with pytest.raises(BadInputError, match=name):
+        HopeModel(dataclasses.replace(TOY, cms_levels=(CMSLevel(name, 8),)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hopeprobe.errors import MeasurementError
+from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.hooks import ActivationCache, HookNeverFiredError, HookPoint, HookSpec
 
 
@@ -33,13 +33,13 @@ def zero_in_place(tensor, hook):
     tensor.zero_()
 
 
-def test_a_later_hook_that_edits_in_place_does_not_reach_the_cache(toy, x):
-    before = x.clone()
-    with toy.caching("hook_in") as cache:
+def test_an_edit_in_place_is_refused_and_does_not_reach_the_cache(toy, x):
+    before = x[:, : toy.tick].clone()
+    with toy.caching("hook_in", allow_unfired=True) as cache:
         toy.add_hook("hook_in", zero_in_place)
-        toy(x)
+        with pytest.raises(BadInputError, match=r"hook_in.*in place.*clone"):
+            toy(x)
     assert torch.equal(cache["hook_in"], before)
-    assert torch.equal(x, torch.zeros_like(x))
 
 
 def test_a_single_firing_is_cloned_too(toy, x):
