@@ -38,9 +38,15 @@ def run(arguments: list[str]) -> int:
             raise
         print("hopeprobe: interrupted; checkpoints written so far are complete", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader went away, `hopeprobe hooks ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader went away, `hopeprobe hooks ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"hopeprobe: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     except Exception as error:
         if not isinstance(error, usage_error):
             raise  # a defect of ours shows its traceback

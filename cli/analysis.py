@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 from rich.console import Console
 
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.cli.tables import result_tables
-from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress
+from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.probes import PROBES
@@ -54,7 +55,7 @@ def run_analysis(
     write_results(results, output_format, output)
     if figures is not None:
         for path in save_figures(results, figures):
-            console(stderr=True).print(f"figure: {path}", highlight=False, soft_wrap=True)
+            say(console(stderr=True), f"figure: {path}")
     return report_missing(results)
 
 
@@ -77,17 +78,27 @@ def write_results(results: Results, output_format: str, output: Path | None) -> 
 
 
 def save_figures(results: Results, folder: Path) -> list[Path]:
-    """Every figure that these results allow."""
-    if not any(row.probe == "cms-similarity" for row in results.rows):
+    """Every figure that these results allow, one a checkpoint; `similarity.png` where there is only one."""
+    drawn = [r.checkpoint for r in results.rows if r.probe == "cms-similarity" and not math.isnan(r.value)]
+    names = list(dict.fromkeys(drawn))
+    if not names:
         return []
     from hopeprobe.plots import plot_similarity
 
-    return [plot_similarity(results, folder / "similarity.png")]
+    several = len({row.checkpoint for row in results.rows}) > 1
+    return [
+        plot_similarity(
+            results,
+            folder / (f"similarity-{Path(name).stem}.png" if several else "similarity.png"),
+            checkpoint=name,
+        )
+        for name in names
+    ]
 
 
 def report_missing(results: Results) -> int:
     """Say what could not be measured; 3 if anything, else 0."""
     missing = missing_from(results)
     for message in missing:
-        console(stderr=True).print(f"not measured: {message}", highlight=False, soft_wrap=True)
+        say(console(stderr=True), f"not measured: {message}")
     return MeasurementError.exit_code if missing else 0

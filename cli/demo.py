@@ -10,7 +10,7 @@ from pathlib import Path
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.analysis import report_missing, save_figures
 from hopeprobe.cli.tables import result_tables
-from hopeprobe.cli.terminal import console, progress
+from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.cli.training import load_data, training_progress
 from hopeprobe.errors import BadInputError
 from hopeprobe.model.checkpoint import run_checkpoints, step_path
@@ -21,11 +21,12 @@ from hopeprobe.probes import PROBES
 from hopeprobe.tokens import Unigram
 
 #: Enough for 64 groups of documents; a larger budget narrows intervals and takes longer than a demo may.
-TOKENS = 16_384
+TOKENS = 12_288
+FRESH_TOKENS = 1024
 
 
-def run_demo(out: Path, steps: int, seed: int) -> None:
-    """Train, analyse, draw; the folder then holds a run, `results.json`, two figures."""
+def run_demo(out: Path, steps: int, seed: int) -> int:
+    """Train, analyse, draw; the folder then holds a run, `results.json`, two figures. Returns the exit status."""
     started = time.perf_counter()
     if run_checkpoints(out):
         raise BadInputError(f"{out} holds a run already: choose another --out, or delete it")
@@ -35,7 +36,8 @@ def run_demo(out: Path, steps: int, seed: int) -> None:
         seed=seed,
         learning_rate=PRESET_LEARNING_RATE["tiny"],
         checkpoint_every=max(steps, 1),
-        eval_every=max(1, steps // 3),
+        eval_every=max(1, steps // 2),
+        warmup=min(10, steps),
         eval_tokens=4096,
     )
     screen = console()
@@ -49,7 +51,7 @@ def run_demo(out: Path, steps: int, seed: int) -> None:
             probes=list(PROBES),
             data=data,
             tokens=TOKENS,
-            fresh_tokens=2048,
+            fresh_tokens=FRESH_TOKENS,
             progress=report,
         )
     results.write_json(out / "results.json")
@@ -65,14 +67,13 @@ def run_demo(out: Path, steps: int, seed: int) -> None:
     for table in result_tables(results):
         screen.print(table)
     last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    screen.print(
+    say(
+        screen,
         f"{steps} steps on {data.name}: held-out loss {last['held_out_live']:.3f} live, "
         f"{last['held_out_frozen']:.3f} frozen; fast weights at {last['norm_ratio']:.3f} of their meta weights' norm",
-        highlight=False,
-        soft_wrap=True,
     )
     for path in (*figures, out / "results.json", step_path(out, run.step)):
-        screen.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        say(screen, f"wrote {path}")
     total = time.perf_counter() - started
-    screen.print(f"training {trained:.0f} s, measuring {total - trained:.0f} s", highlight=False)
-    report_missing(results)
+    say(screen, f"training {trained:.0f} s, measuring {total - trained:.0f} s")
+    return report_missing(results)

@@ -6,6 +6,7 @@ import math
 import re
 
 from rich.table import Table
+from rich.text import Text
 
 from hopeprobe.cli.terminal import interval, number
 from hopeprobe.results import NullRow, ResultRow, Results
@@ -32,7 +33,7 @@ def result_tables(results: Results) -> list[Table]:
 
 
 def _table(title: str, rows: list[ResultRow], nulls: dict[tuple[object, ...], list[NullRow]]) -> Table:
-    table = Table(title=title, title_justify="left", caption=_notes(rows), caption_justify="left")
+    table = Table(title=Text(title), title_justify="left", caption=_notes(rows), caption_justify="left")
     for name in ("statistic", "layer", "component"):
         table.add_column(name, overflow="fold")
     for name in ("value", "95 % interval", "own-init", "fresh-init"):
@@ -64,7 +65,7 @@ def _range(null: NullRow) -> str:
     return f"{number(null.low)} … {number(null.high)}"
 
 
-def _notes(rows: list[ResultRow]) -> str | None:
+def _notes(rows: list[ResultRow]) -> Text | None:
     notes: dict[str, int] = {}
     for row in rows:
         for note in filter(None, row.note.split("; ")):
@@ -73,4 +74,4 @@ def _notes(rows: list[ResultRow]) -> str | None:
             )  # the value there: in the JSON
             notes[note] = notes.get(note, 0) + 1
     lines = [f"{note} ({count} rows)" if 1 < count < len(rows) else note for note, count in notes.items()]
-    return "\n".join(lines[:6]) or None
+    return Text("\n".join(lines[:6])) if lines else None

@@ -22,12 +22,17 @@ def console(stderr: bool = False) -> Console:
     return plain if plain.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
 
 
+def say(screen: Console, text: str) -> None:
+    """Print text as it is: brackets in a path are no markup, and a long line is not broken."""
+    screen.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 Report = Callable[[str, int, int], None]
 
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Give a function `report(description, done, total)`; what it draws goes to standard error."""
+    """Give a function `report(description, done, total)`, total 0 if unknown; it draws on standard error."""
     screen = console(stderr=True)
     if not screen.is_terminal:
         yield _Lines(screen)
@@ -37,7 +42,7 @@ def progress() -> Iterator[Report]:
         task = bar.add_task("starting", total=None)
 
         def report(description: str, done: int, total: int) -> None:
-            bar.update(task, description=description, completed=done, total=total)
+            bar.update(task, description=description, completed=done, total=total or None)
 
         yield report
 
@@ -52,8 +57,9 @@ class _Lines:
     def __call__(self, description: str, done: int, total: int) -> None:
         what = description.partition(":")[0]
         now = time.monotonic()
-        if what != self.last[0] or done >= total or now - self.last[1] >= _PLAIN_EVERY:
-            self.screen.print(f"{description} {done}/{total}", highlight=False, soft_wrap=True)
+        ended = 0 < total <= done
+        if what != self.last[0] or ended or now - self.last[1] >= _PLAIN_EVERY:
+            say(self.screen, f"{description} {done}" + (f"/{total}" if total else ""))
             self.last = (what, now)
 
 

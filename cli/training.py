@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hopeprobe.cli.terminal import Report, console, progress
+from hopeprobe.cli.terminal import Report, console, progress, say
 from hopeprobe.model.config import PRESET_LEARNING_RATE, preset, published
 from hopeprobe.model.train import Progress, Run, TrainConfig, train
 from hopeprobe.tokens import TokenData, TrainWindows, load_tokens
@@ -15,9 +15,7 @@ def load_data(data: list[str], report: Report) -> TokenData:
     """Tokenise, or take from the cache."""
     return load_tokens(
         data if len(data) > 1 else data[0],
-        progress=lambda documents, tokens: report(
-            f"tokenising: {tokens:,} tokens, document", documents, documents
-        ),
+        progress=lambda documents, tokens: report(f"tokenising: {tokens:,} tokens, document", documents, 0),
     )
 
 
@@ -68,10 +66,6 @@ def run_training(
             config, train_config, tokens, out, resume=resume, progress=training_progress(report, steps)
         )
     screen = console()
-    screen.print(
-        f"{out}: {run.step} steps, {epochs:.2g} epochs of {tokens.name}", highlight=False, soft_wrap=True
-    )
-    screen.print(
-        f"next: hopeprobe analyze {out}/step-{run.step:06d}.pt --all", highlight=False, soft_wrap=True
-    )
+    say(screen, f"{out}: {run.step} steps, {epochs:.2g} epochs of {tokens.name}")
+    say(screen, f"next: hopeprobe analyze {out}/step-{run.step:06d}.pt --all")
     return run

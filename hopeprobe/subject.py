@@ -143,6 +143,13 @@ def load(path: str | Path) -> Subject:
     Raises `BadInputError` when there is no such file, it is damaged, or no loader knows it.
     """
     file = Path(path)
+    try:
+        file.stat()
+    except FileNotFoundError:
+        pass  # said below, with what there is instead
+    except (OSError, ValueError) as error:  # too long a name, no permission, a null byte
+        shown = str(file) if len(str(file)) < 200 else f"{str(file)[:200]}…"
+        raise BadInputError(f"cannot read {shown}: {getattr(error, 'strerror', None) or error}") from None
     if file.is_dir():
         inside = sorted(p.name for p in file.glob("*.pt"))
         hint = (

@@ -214,6 +214,9 @@ def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
         wrong = [k for k, v in given.items() if not v.is_floating_point()]
         if wrong:
             parts.append(f"{_some(wrong)} are not floating point")
+        elif any(v.dtype not in (torch.float32, torch.float64) for v in given.values()):
+            half = next(v.dtype for v in given.values() if v.dtype not in (torch.float32, torch.float64))
+            parts.append(f"weights of {half}: save them as float32, which state and solves need")
         elif len({v.dtype for v in given.values()}) > 1:
             parts.append(
                 f"weights of several dtypes: {', '.join(sorted({str(v.dtype) for v in given.values()}))}"

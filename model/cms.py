@@ -115,6 +115,9 @@ class Level(nn.Module):
         )
         if end % self.spec.period:
             return LevelState(state.w_in, state.w_out, *factors)
+        if not tap.pre.is_cuda and not bool(factors[0].any()) and not bool(factors[2].any()):
+            # Every gate closed over the whole period: exactly nothing is written, and no write is shown.
+            return LevelState(state.w_in, state.w_out, *(f[:, :0] for f in factors))
         step = -self.spec.learning_rate / self.spec.period
         add = torch.Tensor.baddbmm_ if donated else torch.baddbmm
         w_in = add(state.w_in, factors[0].mT, factors[1], alpha=step)
@@ -132,11 +135,10 @@ class CMS(nn.Module):
         self.layer = layer
         self.chain = config.cms_mode == "chain"
         prefix = f"blocks.{layer}.cms"
-        for spec in config.cms_levels:
-            if hasattr(nn.ModuleDict, spec.name):
-                raise BadInputError(
-                    f"a CMS level cannot be called {spec.name!r}: torch uses the name; choose another"
-                )
+        for taken in (lv.name for lv in config.cms_levels if hasattr(nn.ModuleDict, lv.name)):
+            raise BadInputError(
+                f"a CMS level cannot be called {taken!r}: torch uses the name; choose another"
+            )
         self.levels = nn.ModuleDict(
             {spec.name: Level(config, spec, registry, f"{prefix}.{spec.name}") for spec in config.cms_levels}
         )
@@ -145,13 +147,13 @@ class CMS(nn.Module):
         self.mix_bias = None if self.chain else nn.Parameter(torch.empty(n))
         self.hook_mix: HookPoint | None = None
         if not self.chain:
-            spec = HookSpec(
+            mix = HookSpec(
                 ("batch", "pos", "level"),
                 "tick",
                 True,
                 "mix = softmax(W_mix LayerNorm(in) + b_mix), sums to 1",
             )
-            self.hook_mix = registry.add(f"{prefix}.hook_mix", spec)
+            self.hook_mix = registry.add(f"{prefix}.hook_mix", mix)
         rule = "out of the last level" if self.chain else "sum_l mix_l out_l"
         self.hook_out = registry.add(
             f"{prefix}.hook_out", HookSpec(("batch", "pos", "d_model"), "tick", True, rule)

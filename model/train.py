@@ -7,6 +7,7 @@ count).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -397,10 +398,17 @@ class _metrics_file:  # noqa: N801 - reads as the context manager it is
             plain = {
                 k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()
             }
-            self.file.write(json.dumps(plain) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(plain) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise BadInputError(
+                    f"cannot write {self.path}: {error.strerror or error}; the run stops here, its checkpoints are "
+                    "complete. Free some space and continue with --resume"
+                ) from None
 
         return write
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a line that was refused and said so already
+            self.file.close()

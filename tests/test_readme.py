@@ -73,4 +73,5 @@ def test_every_command_and_snippet(tmp_path):
     loss = next(r["value"] for r in results["results"] if r["statistic"] == "frozen_loss")
     unigram = next(n["value"] for n in results["nulls"] if n["null_kind"] == "unigram")
     assert loss < unigram
-    assert any(r["verdict"] != "at-init" for r in results["results"] if r["probe"] == "cms-similarity")
+    assert verdicts["integrity", "frozen_loss"] == "learned"
+    assert any(r["verdict"] == "learned" for r in results["results"] if r["probe"] == "cms-similarity")

@@ -237,6 +237,59 @@ def test_an_output_that_cannot_be_written(call, trained, text, tmp_path):
     assert "out.json" in done.err
 
 
+def test_a_path_is_printed_as_it_is(call, text, tmp_path):
+    folder = tmp_path / "runs[lr3]"
+    done = call("train", "--data", text, "--batch", 1, "--steps", 1, "--out", folder)
+    assert done.code == 0, done.err
+    assert f"next: hopeprobe analyze {folder}/step-000001.pt" in done.out
+
+
+def test_tokenising_does_not_print_a_line_a_document(call, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOPEPROBE_CACHE", str(tmp_path / "empty"))
+    done = call("train", "--data", text, "--batch", 1, "--steps", 1, "--out", tmp_path / "run")
+    assert done.err.count("tokenising") <= 2
+
+
+@pytest.mark.parametrize("command", ["analyze", "hooks"])
+def test_a_name_too_long_for_the_system(call, command):
+    done = call(command, "x" * 5000, *(("--probe", "integrity") if command == "analyze" else ()))
+    assert done.code == 2
+    assert "too long" in done.err
+
+
+def test_several_checkpoints_have_a_figure_each(call, trained, text, tmp_path):
+    done = call(
+        "analyze", trained / "step-000001.pt", trained / "step-000003.pt", "--probe", "cms-similarity",
+        "--data", text, "--split", "all", "--tokens", 2000, "--figures", tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        "similarity-step-000001.png",
+        "similarity-step-000003.png",
+    }
+
+
+def test_a_full_disk_while_metrics_are_written(call, text, tmp_path, monkeypatch):
+    import json as module
+
+    import hopeprobe.model.train as training
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(module, name)
+
+        def dumps(self, content, **more):
+            if "step" in content:
+                raise OSError(28, "No space left on device")
+            return module.dumps(content, **more)
+
+    monkeypatch.setattr(training, "json", Full())
+    done = call("train", "--data", text, "--batch", 1, "--steps", 2, "--out", tmp_path / "run")
+    assert done.code == 2
+    assert "metrics.jsonl" in done.err
+    assert "No space left" in done.err
+
+
 def test_debug_shows_the_traceback(call):
     from hopeprobe.errors import BadInputError
 

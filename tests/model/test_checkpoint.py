@@ -380,3 +380,13 @@ def test_a_configuration_of_defaults_is_what_an_empty_one_means(tmp_path):
     del config["heads"], config["truncate_ticks"]
     got = read(saved(tmp_path, config=config)).config
     assert got == dataclasses.replace(TOY, heads=ModelConfig().heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_refused_with_what_to_do(tmp_path, dtype):
+    model = HopeModel(TOY, seed=0)
+    weights = {k: v.to(dtype) for k, v in model.state_dict().items()}
+    path = tmp_path / "half.pt"
+    save(path, Checkpoint(TOY, 0, 1, weights, "", "gpt2"))
+    with pytest.raises(BadInputError, match=r"half\.pt.*float32"):
+        read(path)

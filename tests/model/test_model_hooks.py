@@ -386,3 +386,11 @@ def test_an_edit_in_place_is_refused(toy, tokens, name):
 def test_a_level_cannot_take_a_name_that_torch_uses(name):
     with pytest.raises(BadInputError, match=name):
         HopeModel(dataclasses.replace(TOY, cms_levels=(CMSLevel(name, 8),)))
+
+
+def test_a_cms_write_of_nothing_is_not_shown_as_a_write(toy, tokens):
+    """All gates closed: no level was written, so no write point may fire."""
+    requests = [("hook_gate", close), ("*.hook_fast_*", lambda t, hook: pytest.fail(f"{hook.name} fired"))]
+    with torch.no_grad(), pytest.raises(HookNeverFiredError) as caught:
+        toy.run_with_hooks(tokens, fwd_hooks=requests)
+    assert any(".cms." in name for name in caught.value.names)
