@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Checkpoints: TypeAlias = "str | os.PathLike[str] | Subject | Iterable[str | os.PathLike[str] | Subject]"
 _BATCH_TOKENS = 8192
 _BATCH_DOCUMENTS = 4  # of any length
+_SHOWN = 120  # characters of a path in a message
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, and how many batches of it are done and there are."""
@@ -72,7 +73,7 @@ def analyze(
         split: "heldout", "train" or "all".
         carry: "window" starts afresh at each window of the model's context, "document" at each document.
         batch: windows at a time, None for what suits the context; the results do not depend on it.
-        fresh: re-initialisations of the fresh-init null, 0 for none.
+        fresh: re-initialisations of the fresh-init null, 0 for none; without them nothing is `learned`.
         fresh_tokens: tokens that each of them is measured on, at most.
         cache_dir: where tokens and nulls are kept.
         progress: told what is being done.
@@ -82,7 +83,8 @@ def analyze(
         what could not be measured.
 
     Raises:
-        BadInputError: an unknown probe, a file that cannot be read, data that do not fit the model.
+        BadInputError: an unknown probe, a file that cannot be read, data that do not fit the model, a model
+            with hooks on it. All checkpoints are opened before the first is measured.
         MeasurementError: nothing at all could be measured.
 
     """
@@ -91,32 +93,25 @@ def analyze(
             f"fresh is {fresh}; it takes at least two re-initialisations, or 0 for no such null"
         )
     chosen = _probes(probes)
-    loaded: dict[str, TokenData] = {}
     results, described = Results(), []
     given = _as_list(checkpoints)
     labels = _labels(given)
+    # Whatever is wrong with the last of them is told before hours are spent on the others.
+    made = _WindowMaker(data, tokens, split, carry, batch, cache_dir)
+    windows_of = []
     for checkpoint in given:
-        if not isinstance(checkpoint, Subject) and not Path(checkpoint).is_file():
-            load(Path(checkpoint))  # says what is wrong, before hours are spent on the others
-    for checkpoint, label in zip(given, labels, strict=True):
-        subject = checkpoint if isinstance(checkpoint, Subject) else load(Path(checkpoint))
-        if isinstance(data, TokenData):
-            text = data
-        else:
-            if subject.tokenizer not in loaded:
-                loaded[subject.tokenizer] = load_tokens(
-                    data, tokenizer=subject.tokenizer, cache_dir=cache_dir
-                )
-            text = loaded[subject.tokenizer]
-        _check_vocabulary(subject, text)
-        size = suitable_batch(subject.context, carry) if batch is None else batch
-        windows = EvalWindows(text, split, context=subject.context, tokens=tokens, batch=size, carry=carry)
+        subject = _open(checkpoint)
+        _check_no_hooks(subject)
+        windows_of.append(made.windows(subject))
+    for checkpoint, label, windows in zip(given, labels, windows_of, strict=True):
+        # Opened again when there are several: they need not all fit into memory at once.
+        subject = subject if len(given) == 1 else _open(checkpoint)
         cache = NullCache.default(cache_dir)
         run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress)
         run.measure(chosen)
         results.extend(run.rows, run.null_rows)
         described.append(run.describe())
-        results.data = _describe_data(windows)
+    results.data = _in_common([_describe_data(windows) for windows in windows_of])
     results.checkpoint = described[0] if len(described) == 1 else {"checkpoints": described}
     missing = missing_from(results)
     if missing and all(math.isnan(row.value) for row in results.rows):
@@ -182,6 +177,8 @@ class _Run:
             "seed": subject.seed,
             "identity": digest,
             "own_init": self.own_init,
+            "data": self.windows.data.fingerprint,
+            **_describe_windows(self.windows),
             "missing": self.missing,
         }
 
@@ -307,6 +304,7 @@ class _Run:
                 )
                 for null in finding.nulls or row.nulls:
                     columns = {f.name: getattr(null, f.name) for f in dataclasses.fields(null)}
+                    del columns["note"]  # is in the result's own
                     self.null_rows.append(NullRow(**key, null_kind=columns.pop("kind"), **columns))
 
     def _key(self, probe: Probe, row: Measurement) -> dict[str, Any]:
@@ -360,6 +358,61 @@ def _labels(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[str
     return names
 
 
+@dataclass
+class _WindowMaker:
+    """The windows of each checkpoint; those that read the same ones share them, and their fingerprint."""
+
+    data: DataSpec | Sequence[DataSpec] | TokenData
+    tokens: int | None
+    split: str
+    carry: str
+    batch: int | None
+    cache_dir: str | os.PathLike[str] | None
+    loaded: dict[str, TokenData] = field(default_factory=dict)
+    made: dict[tuple[str, int], EvalWindows] = field(default_factory=dict)
+
+    def windows(self, subject: Subject) -> EvalWindows:
+        """Windows of the subject's context. Raises BadInputError where the data do not fit the model."""
+        text = self._text(subject.tokenizer)
+        _check_vocabulary(subject, text)
+        key = subject.tokenizer, subject.context
+        if key not in self.made:
+            size = suitable_batch(subject.context, self.carry) if self.batch is None else self.batch
+            self.made[key] = EvalWindows(
+                text, self.split, context=subject.context, tokens=self.tokens, batch=size, carry=self.carry
+            )
+        return self.made[key]
+
+    def _text(self, tokenizer: str) -> TokenData:
+        if isinstance(self.data, TokenData):
+            return self.data
+        if tokenizer not in self.loaded:
+            self.loaded[tokenizer] = load_tokens(self.data, tokenizer=tokenizer, cache_dir=self.cache_dir)
+        return self.loaded[tokenizer]
+
+
+def _open(checkpoint: str | os.PathLike[str] | Subject) -> Subject:
+    if isinstance(checkpoint, Subject):
+        return checkpoint
+    try:
+        return load(Path(checkpoint))
+    except OSError as error:  # a name too long, a folder that may not be entered
+        shown = os.fspath(checkpoint)
+        if len(shown) > _SHOWN:
+            shown = f"{shown[: _SHOWN // 2]} … {shown[-_SHOWN // 2 :]}"
+        raise BadInputError(f"{shown} cannot be opened: {error.strerror or type(error).__name__}") from error
+
+
+def _check_no_hooks(subject: Subject) -> None:
+    active = [name for name, point in subject.module.hook_dict.items() if point.active]
+    if active:
+        shown = ", ".join(active[:3]) + (f" and {len(active) - 3} more" if len(active) > 3 else "")
+        raise BadInputError(
+            f"{subject.name} has hooks on it, at {shown}, and nulls are measured without them; take them off "
+            "before analysing (handle.remove(), or leave the `with`)"
+        )
+
+
 def _check_vocabulary(subject: Subject, data: TokenData) -> None:
     if subject.tokenizer != data.tokenizer:
         raise BadInputError(
@@ -377,9 +430,21 @@ def _describe_data(windows: EvalWindows) -> dict[str, Any]:
     return {
         **windows.data.identity(),
         "split": windows.split,
-        "tokens": windows.n_tokens,
+        "carry": windows.carry,
+        **_describe_windows(windows),
+    }
+
+
+def _describe_windows(windows: EvalWindows) -> dict[str, Any]:
+    return {
         "windows": windows.fingerprint,
+        "context": windows.context,
+        "tokens": windows.n_tokens,
         "documents": windows.n_documents,
         "groups": windows.n_groups,
-        "carry": windows.carry,
     }
+
+
+def _in_common(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first, *others = described
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}

@@ -3,14 +3,16 @@
 own-init: every row on the run's own step-0 weights, all tokens, with the influences that a paired difference
 needs. fresh-init: the plain values on K re-initialisations, on a prefix of the tokens.
 
-A cache file is named by the SHA-256 of what it depends on, written whole, and carries a digest of its
-content: one that is damaged is computed again, never trusted. Files may be deleted at any time.
+A cache file is named by the SHA-256 of what it depends on, the code included, written whole, and carries a
+digest of its content: one that is damaged is computed again, never trusted. Files may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -26,18 +28,17 @@ import numpy as np
 from scipy.special import stdtrit
 
 from hopeprobe.errors import MeasurementError
-from hopeprobe.probes.base import Finding, NullValue, Place
+from hopeprobe.probes.base import Finding, NullValue, Place, Probe
 from hopeprobe.probes.passes import run_pass
 from hopeprobe.results import SCHEMA_VERSION
 from hopeprobe.stats import Estimate, FreshInit, Verdict, paired_difference
-from hopeprobe.subject import MissingCapability
+from hopeprobe.subject import MissingCapability, Subject
 from hopeprobe.tokens.cache import default_cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hopeprobe.probes.base import Accumulator, Measurement, Probe
-    from hopeprobe.subject import Subject
+    from hopeprobe.probes.base import Accumulator, Measurement
     from hopeprobe.tokens import EvalWindows
 
 OnBatch: TypeAlias = "Callable[[int, int], None]"
@@ -45,6 +46,8 @@ OnBatch: TypeAlias = "Callable[[int, int], None]"
 
 FRESH_TOKENS = 4096
 """Most tokens that a fresh re-initialisation is measured on, unless asked otherwise."""
+
+_PACKAGE = Path(__file__).parent
 
 
 class NullCache:
@@ -132,8 +135,10 @@ class Beside:
         difference, comparable = self._own(probe.name, row, notes, nulls)
         fresh = self._fresh(probe.name, row.place, notes, nulls)
         nulls += [*row.nulls, *probe.reference_nulls(row.place, self.subject, self.windows)]
-        # Without the paired test fresh-init would decide alone, although there is an own-init.
-        override = None if comparable else Verdict.INCONCLUSIVE
+        notes += [null.note for null in nulls if null.note]
+        # A null that failed has rejected nothing: the other must not decide alone. (NaN is n/a all the same.)
+        failed = not comparable or (self.asked > 0 and fresh is None)
+        override = Verdict.INCONCLUSIVE if failed and math.isfinite(row.estimate.value) else None
         return Finding(row, difference, fresh, tuple(nulls), override, "; ".join(notes))
 
     def _own(
@@ -270,12 +275,19 @@ def _measure(
 
 
 def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Where) -> dict[str, Any]:
-    """All that the numbers depend on; empty, and nothing is cached, for a model that cannot be identified."""
+    """All that the numbers depend on; empty, and nothing is cached, for a model that cannot be identified.
+
+    That is one without an identity, and one whose code is in no file (a class typed into a notebook).
+    """
     try:
         identity = dict(subject.identity())
     except MissingCapability:
         return {}
     if not origin:
+        return {}
+    parts: tuple[type, type, type] = (type(subject), type(subject.module), type(probe))
+    code = _code_of(parts)
+    if code is None:
         return {}
     return {
         "schema": SCHEMA_VERSION,
@@ -286,8 +298,51 @@ def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Wher
         "carry": where.windows.carry,
         "probe": probe.name,
         "probe_version": probe.version,
+        "probe_source": _source_of(type(probe)),
+        "code": code,
         "condition": where.condition,
     }
+
+
+@functools.lru_cache(maxsize=256)
+def _code_of(parts: tuple[type, type, type]) -> str | None:
+    """SHA-256 (hex) over the code that numbers come from, as it is on disk; None where a model's is in no file.
+
+    All of hopeprobe, and the folders (where they are packages, else the files) of the classes that make up
+    the subject, its module's class and the probe's, given in this order. Read once a process.
+    """
+    subject, module, probe = parts
+    files = set(_PACKAGE.rglob("*.py"))
+    try:
+        for part in (*(c for c in subject.__mro__ if issubclass(c, Subject)), module):
+            files |= _files_of(part)
+        for part in probe.__mro__:
+            if issubclass(part, Probe):
+                with contextlib.suppress(TypeError, OSError):  # `_source_of` or the version stands for it
+                    files |= _files_of(part)
+        contents = sorted((file.name, file.read_bytes()) for file in files)  # names only: folders may move
+    except (TypeError, OSError):
+        return None
+    total = hashlib.sha256()
+    for name, content in contents:
+        total.update(f"{name}:{len(content)};".encode())
+        total.update(content)
+    return total.hexdigest()
+
+
+def _files_of(part: type) -> set[Path]:
+    file = Path(inspect.getsourcefile(part) or inspect.getfile(part))
+    folder = file.parent
+    return set(folder.glob("*.py")) if (folder / "__init__.py").is_file() else {file}
+
+
+@functools.lru_cache(maxsize=256)
+def _source_of(probe: type[Probe]) -> str:
+    """SHA-256 (hex) of the probe's own source, its version where Python cannot find that."""
+    try:
+        return hashlib.sha256(inspect.getsource(probe).encode()).hexdigest()
+    except (TypeError, OSError):
+        return f"version {probe.version}"
 
 
 def _estimates(accumulator: Accumulator) -> dict[Place, Any]:

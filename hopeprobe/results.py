@@ -112,8 +112,10 @@ class ResultRow(_Key):
 class NullRow(_Key):
     """One null beside a result.
 
-    `null_kind` is own-init, fresh-init, analytic, shuffled or random-gate. `low` and `high` are its 95 %
-    range or interval, NaN where there is none; `n` counts what it rests on: tokens, or re-initialisations.
+    `null_kind` is own-init, fresh-init, analytic, shuffled, random-gate, unigram (the loss of token
+    frequencies alone) or optimiser (the furthest that the optimiser can have moved the weights). `low` and
+    `high` are its 95 % range or interval, NaN where there is none; `n` counts what it rests on: tokens, or
+    re-initialisations.
     """
 
     null_kind: str

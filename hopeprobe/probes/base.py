@@ -44,13 +44,17 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class NullValue:
-    """One null beside a measurement; the columns are those of `hopeprobe.results.NullRow`."""
+    """One null beside a measurement; the columns are those of `hopeprobe.results.NullRow`.
+
+    note: a caveat that goes to the measurement's own row; of a null that `Probe.reference_nulls` gives.
+    """
 
     kind: str
     value: float
     low: float = math.nan
     high: float = math.nan
     n: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,8 @@ class Probe(ABC):
     Attributes:
         name: how it is asked for.
         question: what it answers, one line.
-        version: part of the key under which nulls are cached; raise it when the numbers change.
+        version: part of the key under which nulls are cached, beside the code that Python can find; raise it
+            when the numbers change for another reason.
         statistics: names of what it measures on tokens.
         conditions: passes it needs, of `CONDITIONS`.
 

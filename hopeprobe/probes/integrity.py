@@ -5,7 +5,8 @@
     keys_loaded         weights found in the checkpoint's file
 
 Nulls of frozen_loss: own-init and fresh-init, ln V (`analytic`: every token equally likely) and `unigram`
-(token frequencies of the training split, scored on the same tokens). Smallest effect: 0.05 nats.
+(token frequencies of the training split, scored on the same tokens; the row says so where these are among
+those it was fit on). Smallest effect: 0.05 nats.
 
 Nulls of the distance: `fresh-init`, the distance between the own and two other initialisations, √2 for weights
 of mean 0; and `optimiser`, the furthest that AdamW can have gone. With rate r_s, decay w and λ_s = r_s w,
@@ -13,11 +14,15 @@ of mean 0; and `optimiser`, the furthest that AdamW can have gone. With rate r_s
     c_s = (1 − β1)/√(1 − β2) · √(Σ_{j<s} (β1²/β2)^j) · √(1 − β2^s)/(1 − β1^s)   largest |m̂_s|/√v̂_s (Cauchy–Schwarz)
     D_s = (1 − λ_s) D_{s−1} + λ_s ‖θ0‖ + r_s c_s √n + u (‖θ0‖ + D_{s−1})     n parameters, D_0 = 0, u rounding
 
-Verdicts. `untrained`, for every row, when the file says step 0, nothing moved, the frozen loss is not at least
-0.05 nats below its value at initialisation (the whole interval of the difference lies above that), or no
-weight was loaded; and for weights that lie further away than the optimiser can go, or as far as another
-initialisation in every group, unless the loss did fall: then the initial weights are not this run's and
-nothing is decided. Otherwise the rule decides on the loss; a distance or a count alone decides nothing.
+D = a √n + b ‖θ0‖ with a and b the larger of those with decay w and with none, as vectors are not decayed.
+
+Verdicts. `untrained`, for every row, when the file says step 0, nothing moved, or no weight was loaded; and
+for weights that lie further away than the optimiser can go, or as far as another initialisation in every
+group, unless the loss did fall: then the initial weights are not this run's and nothing is decided. A frozen
+loss that is not 0.05 nats below its value at initialisation (the whole interval of the difference lies above
+that) says `untrained` only where it is not known how far the weights moved. Where they did move, as far as
+training can, every row is `inconclusive`: a first step, training that failed, or a text of another kind.
+Otherwise the rule decides on the loss; a distance or a count alone decides nothing.
 
 Cost: one pass, and three initial models. Source: "Dissecting HOPE", sections 4.2–4.4, whose figures are those
 of a model whose trained weights were never loaded, set against another initialisation.
@@ -27,7 +32,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -82,22 +87,25 @@ def adamw_reach(training: Mapping[str, Any], steps: int, rounding: float = 0.0) 
     """How far AdamW can go in `steps`: (a, b) with ‖θ − θ0‖ ≤ a √n + b ‖θ0‖; None without a learning rate.
 
     training: `learning_rate`, and if known `warmup` (steps, linear), `beta1`, `beta2` (default 0.9, 0.999),
-    `weight_decay` (default 0). A rate that falls later only goes less far. rounding: u, relative, of the
-    weights' number format.
+    `weight_decay` (default 0; it may be that of some parameters only). A rate that falls later only goes less
+    far. rounding: u, relative, of the weights' number format.
     """
     if not isinstance(training.get("learning_rate"), int | float):
         return None
     beta1, beta2 = float(training.get("beta1", 0.9)), float(training.get("beta2", 0.999))
     decay, warmup = float(training.get("weight_decay", 0.0)), max(1, int(training.get("warmup", 0)))
-    a = b = series = 0.0
+    ab = dict.fromkeys((0.0, decay), (0.0, 0.0))
+    series = 0.0
     for step in range(1, steps + 1):
         rate = float(training["learning_rate"]) * min(1.0, step / warmup)
         series = 1.0 + series * beta1**2 / beta2
         unbias = math.sqrt(1 - beta2**step) / (1 - beta1**step)
         largest = (1 - beta1) / math.sqrt(1 - beta2) * math.sqrt(series) * unbias
-        a = (1 - rate * decay + rounding) * a + rate * largest
-        b = (1 - rate * decay + rounding) * b + rate * decay + rounding
-    return a, b
+        for w, (a, b) in ab.items():
+            keep, pull = 1 - rate * w + rounding, rate * w + rounding
+            ab[w] = keep * a + rate * largest, keep * b + pull
+    # Each the larger of the two: only so the bound holds for a mixture of decayed and other parameters.
+    return max(a for a, _ in ab.values()), max(b for _, b in ab.values())
 
 
 class Integrity(Probe):
@@ -134,7 +142,13 @@ class Integrity(Probe):
                 ]
             )
             unigram = Unigram.fit(windows.data.split_tokens("train"), subject.vocab_size)
-            nulls.append(NullValue("unigram", unigram.loss(targets), n=len(targets)))
+            note = (
+                ""
+                if windows.split == "heldout"
+                else f"the unigram model was fit on tokens that it is scored on (split {windows.split}), so its "
+                "loss is too low"
+            )
+            nulls.append(NullValue("unigram", unigram.loss(targets), n=len(targets), note=note))
         return tuple(nulls)
 
     def of_weights(self, subject: Subject, initial: Subject | None) -> list[Measurement]:
@@ -148,7 +162,8 @@ class Integrity(Probe):
         untrained = _surely_untrained(subject, findings, distances)
         not_below = _not_below_initial(loss)
         foreign = _looks_foreign(distances)
-        if not_below:
+        moved = _moved(distances)
+        if not_below and (untrained or foreign or not moved):
             untrained.append(not_below)
         if foreign and not _fell(loss):
             untrained.append(foreign)
@@ -158,6 +173,8 @@ class Integrity(Probe):
         elif foreign:
             verdict = Verdict.INCONCLUSIVE
             why = f"{foreign}, yet the loss fell: the initial weights are not this run's"
+        elif not_below:
+            verdict, why = Verdict.INCONCLUSIVE, f"{moved}, but on this text {not_below}"
         return [_decided(finding, verdict, why) for finding in findings]
 
 
@@ -271,25 +288,55 @@ def _surely_untrained(
     return reasons
 
 
+class _Change(NamedTuple):
+    """How far the frozen loss is from its value at initialisation, nats, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    against: str
+
+
+def _change(loss: Finding | None) -> _Change | None:
+    """Difference to the own initial weights, without them to fresh ones; None where no interval is claimed."""
+    if loss is None:
+        return None
+    estimate, difference = loss.measurement.estimate, loss.difference
+    if difference is not None:
+        change = _Change(
+            difference.value, difference.ci_low, difference.ci_high, "its value at initialisation"
+        )
+    elif loss.fresh is not None:
+        x = loss.fresh.difference  # on the tokens of that null; the width is that on all tokens
+        low, high = x + (estimate.ci_low - estimate.value), x + (estimate.ci_high - estimate.value)
+        change = _Change(x, low, high, "that of fresh initialisations")
+    else:
+        return None
+    # Under MIN_GROUPS groups there is no interval.
+    return change if math.isfinite(change.low) and math.isfinite(change.high) else None
+
+
 def _not_below_initial(loss: Finding | None) -> str:
     """Say so when the loss is surely not lower than at initialisation by the smallest effect."""
-    if loss is None:
+    change = _change(loss)
+    if change is None or change.low <= -LOSS_EFFECT:
         return ""
-    if loss.difference is not None:
-        if loss.difference.ci_low > -LOSS_EFFECT:
-            return f"the frozen loss is {loss.difference.value:+.3f} nats from its value at initialisation"
-    elif loss.fresh is not None and loss.fresh.difference > -LOSS_EFFECT:
-        return f"the frozen loss is {loss.fresh.difference:+.3f} nats from that of fresh initialisations"
-    return ""
+    return f"the frozen loss is {change.value:+.3f} nats from {change.against}"
 
 
 def _fell(loss: Finding | None) -> bool:
     """Whether the loss is surely below that of an untrained model, own or fresh."""
-    if loss is None:
-        return False
-    if loss.difference is not None:
-        return loss.difference.ci_high < -LOSS_EFFECT
-    return loss.fresh is not None and loss.fresh.difference < -LOSS_EFFECT
+    change = _change(loss)
+    return change is not None and change.high < -LOSS_EFFECT
+
+
+def _moved(distances: Sequence[Finding]) -> str:
+    """Say how far the weights moved; empty when they did not, or that is not known."""
+    for finding in distances:
+        value = finding.measurement.estimate.value
+        if finding.measurement.place.component == _ALL and value > 0:
+            return f"the weights moved by {value:.3g} of their norm"
+    return ""
 
 
 def _looks_foreign(distances: Sequence[Finding]) -> str:

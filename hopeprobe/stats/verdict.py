@@ -1,6 +1,6 @@
 """The one rule that turns evidence into verdicts, for all rows of one statistic.
 
-    p = max(p_fresh, p_own)                      both nulls must be rejected
+    p = max(p_fresh, p_own)                      both nulls must be rejected; none without fresh-init
     p_fresh: t = (x − m) / (s √(1 + 1/K)), K − 1 df, two-sided: a prediction test of the checkpoint's value x
              against the mean m and standard deviation s of K fresh re-initialisations, on the same tokens
     p_own:   jackknife-t of the paired difference to the run's own initial weights
@@ -8,7 +8,8 @@
 
 `learned` when q ≤ 0.05 and the difference exceeds the smallest effect of interest; `at-init` when the
 difference's 95 % interval lies within plus or minus that effect; else `inconclusive`. A row that was not
-measured is never either.
+measured is never either, and without fresh-init nothing is `learned`: own-init alone cannot tell training
+from what any seed does.
 
 Measured by simulation, all models alike but for their seed, K = 10: with normal seed-to-seed values 5 % of
 single rows and of families of ten rows hold a false `learned`. The prediction test takes those values for
@@ -106,7 +107,8 @@ class Evidence:
     Attributes:
         estimate: the statistic on the checkpoint, all tokens.
         own_init: the paired difference checkpoint − own initial weights, or None without them.
-        fresh: the fresh-init null, or None.
+        fresh: the fresh-init null, or None when it was not asked for. One that was asked for and could not be
+            measured takes an override: it has rejected nothing.
         override: a verdict the probe must give itself because there is nothing to test (collapsed, diverged,
             no-signal, untrained, n/a, inconclusive). Raises ValueError for `learned` and `at-init`.
         note: what the probe wants the row to say.
@@ -138,10 +140,11 @@ class Judgement:
 def judge(evidence: Sequence[Evidence], smallest_effect: float) -> list[Judgement]:
     """Judge all rows of one statistic together, in order.
 
-    `smallest_effect` is in the statistic's unit. Without own-init the fresh-init null decides alone (the
-    effect is the difference to its mean, and `at-init` means that the estimate's interval lies within that
-    mean plus or minus the effect); without fresh-init the own-init null does; either way the note says so.
-    Neither null, under `MIN_GROUPS` groups, no interval: `inconclusive`. A value that is NaN: `n/a`.
+    `smallest_effect` is in the statistic's unit. Without own-init the fresh-init null decides alone: the
+    effect is the difference to its mean on the tokens of that null, and its interval, for `at-init`, is as
+    wide about that difference as the estimate's about its value. Without fresh-init a row has no p and is
+    `at-init` or `inconclusive`. Either way the note says so. Neither null, under `MIN_GROUPS` groups, no
+    interval: `inconclusive`. A value that is NaN: `n/a`.
 
     min_detectable = (t_{0.975} + t_{0.8}) · se of the difference to the null; with two nulls the larger one,
     as both must be rejected. Raises ValueError unless `smallest_effect` is finite and not negative.
@@ -174,9 +177,9 @@ def _undecidable(row: Evidence) -> tuple[Verdict, str] | None:
 
 
 def _p(row: Evidence) -> float:
-    if _undecidable(row):
+    if _undecidable(row) or row.fresh is None:
         return math.nan
-    p_fresh = t_test(row.fresh.difference, row.fresh.prediction_se, row.fresh.df) if row.fresh else 0.0
+    p_fresh = t_test(row.fresh.difference, row.fresh.prediction_se, row.fresh.df)
     p_own = p_value(row.own_init) if row.own_init else 0.0
     return max(p_fresh, p_own)
 
@@ -203,11 +206,13 @@ def _judge_row(row: Evidence, p: float, q: float, smallest_effect: float) -> Jud
     if row.own_init is not None:
         difference, low, high = row.own_init.value, row.own_init.ci_low, row.own_init.ci_high
         if row.fresh is None:
-            notes.append("own-init alone decides: no fresh re-initialisations")
+            notes.append("own-init alone cannot show learning: fresh-init was not asked for")
     else:
         assert row.fresh is not None
         difference = row.fresh.difference
-        low, high = row.estimate.ci_low - row.fresh.mean, row.estimate.ci_high - row.fresh.mean
+        # The estimate is of all tokens, the null of their first few: only the width carries over.
+        low = difference + (row.estimate.ci_low - row.estimate.value)
+        high = difference + (row.estimate.ci_high - row.estimate.value)
         notes.append("fresh-init alone decides: no own-init weights")
     if q <= FALSE_DISCOVERY_RATE and abs(difference) > smallest_effect:
         verdict = Verdict.LEARNED

@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import errno
+import math
+import os
 import subprocess
 import sys
 
@@ -9,9 +12,11 @@ import numpy as np
 import pytest
 
 import hopeprobe
+from hopeprobe import analysis
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
+from hopeprobe.nulls import fresh_seeds
 from hopeprobe.probes.base import Place, Quantity
 from hopeprobe.probes.integrity import Integrity
 from hopeprobe.results import Results
@@ -122,6 +127,42 @@ def test_a_null_that_could_not_be_measured_is_never_taken_for_passed(toy_run, se
     assert frame.note.str.contains("own-init not measured: hooks never fired").all()
 
 
+def test_one_fresh_model_that_failed_is_never_taken_for_passed(toy_run, settings, monkeypatch, subject_of):
+    trained = load(toy_run / "step-000040.pt")
+
+    def second_diverges(seed):
+        made = subject_of(seed=seed)
+        if seed == fresh_seeds(2, 0)[1]:
+            made.module.embed.data.fill_(math.nan)
+        return made
+
+    monkeypatch.setattr(trained, "reinitialised", second_diverges)
+    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "diverged"}).frame
+    assert set(frame.verdict) == {"inconclusive"}
+    assert frame.note.str.contains("fresh-init not measured: ").all()
+    assert frame.p.isna().all()
+
+
+def test_own_init_alone_shows_no_learning(toy_run, settings):
+    for step, verdicts in (("40", {"inconclusive"}), ("00", {"at-init"})):
+        frame = analyze(toy_run / f"step-0000{step}.pt", "cms-similarity", **settings | {"fresh": 0}).frame
+        assert "learned" not in set(frame.verdict)
+        assert verdicts <= set(frame.verdict)
+        assert frame.note.str.contains("fresh-init was not asked for").all()
+
+
+def test_a_model_with_hooks_on_it_is_refused_before_anything_is_measured(toy_run, settings, tmp_path):
+    subject = load(toy_run / "step-000040.pt")
+    handle = subject.module.add_hook("hook_embed", lambda x, hook: x * 2)
+    options = settings | {"cache_dir": tmp_path, "fresh": 0}
+    for given in (subject, [toy_run / "step-000000.pt", subject]):
+        with pytest.raises(BadInputError, match=r"step-000040.pt has hooks on it, at hook_embed"):
+            analyze(given, "integrity", **options)
+    assert list(tmp_path.iterdir()) == []
+    handle.remove()
+    assert missing_from(analyze(subject, "integrity", **options)) == []
+
+
 def test_without_own_init_fresh_decides_and_without_either_nothing(toy_run, settings, monkeypatch):
     def nothing(*_):
         raise MissingCapability("no such weights")
@@ -178,6 +219,47 @@ def test_several_checkpoints_are_told_apart(toy_run, settings):
     assert set(results.frame.checkpoint) == {"step-000000.pt", "step-000040.pt"}
     assert [c["step"] for c in results.checkpoint["checkpoints"]] == [0, 40]
     assert missing_from(results) == []
+
+
+def test_each_checkpoint_says_which_windows_it_was_measured_on(toy_run, settings, subject_of, configs):
+    shorter = subject_of(dataclasses.replace(configs["toy"], context=16))
+    shorter.name = "shorter"
+    results = analyze([toy_run / "step-000040.pt", shorter], "integrity", **settings | {"fresh": 0})
+    a, b = results.checkpoint["checkpoints"]
+    assert (a["context"], b["context"]) == (32, 16)
+    assert a["windows"] != b["windows"]
+    assert a["tokens"] == b["tokens"] == results.data["tokens"] == 1600
+    assert a["documents"] > 0 < b["groups"]
+    assert not {"windows", "context"} & results.data.keys()
+    assert results.data["fingerprint"] == a["data"] == b["data"]
+    results = analyze([toy_run / "step-000040.pt", subject_of()], "integrity", **settings | {"fresh": 0})
+    a, b = results.checkpoint["checkpoints"]
+    assert results.data["windows"] == a["windows"] == b["windows"]
+
+
+def test_a_damaged_second_file_is_found_before_the_first_is_measured(toy_run, settings, tmp_path):
+    damaged, told = tmp_path / "damaged.pt", []
+    damaged.write_bytes((toy_run / "step-000040.pt").read_bytes()[:-1000])
+    options = settings | {"progress": lambda *args: told.append(args)}
+    with pytest.raises(BadInputError, match=r"damaged\.pt"):
+        analyze([toy_run / "step-000040.pt", damaged], "integrity", **options)
+    assert told == []
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.EACCES])
+def test_a_path_that_the_system_refuses_is_bad_input(settings, monkeypatch, number):
+    def refused(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(analysis, "load", refused)
+    with pytest.raises(BadInputError, match=f"aaa … aaa.*{os.strerror(number)}") as caught:
+        analyze("a" * 5000, "integrity", **settings)
+    assert len(str(caught.value)) < 250
+
+
+def test_a_path_too_long_for_any_file_is_bad_input(settings):
+    with pytest.raises(BadInputError):
+        analyze("a" * 5000, "integrity", **settings)
 
 
 def test_equal_file_names_get_their_folders(toy_run, settings, tmp_path):

@@ -1,9 +1,13 @@
 """Nulls and their cache: found again, never mixed up, and never trusted when damaged."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
+import shutil
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -197,3 +201,102 @@ def test_a_model_without_identity_is_not_cached(subject, windows, tmp_path, runs
         own_init_estimates(subject, windows, PROBES[1:], "live", cache)
     assert len(runs) == 2
     assert not (tmp_path / "nulls").exists()
+
+
+ADAPTER = """
+from hopeprobe.model.subject import HopeSubject
+from hopeprobe.probes.integrity import Integrity
+
+class Adapter(HopeSubject):
+    pass
+
+class Mine(Integrity):
+    name = "mine"
+"""
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """Imports an adapter from a file with the given text, as a new process would."""
+
+    def load(text=ADAPTER):
+        file = tmp_path / "package" / "adapter.py"
+        file.parent.mkdir(exist_ok=True)
+        (file.parent / "__init__.py").touch()
+        file.write_text(text)
+        spec = importlib.util.spec_from_file_location("adapter_of_a_test", file)
+        sys.modules["adapter_of_a_test"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        nulls._code_of.cache_clear()
+        nulls._source_of.cache_clear()
+        return module
+
+    yield load
+    sys.modules.pop("adapter_of_a_test", None)
+    nulls._code_of.cache_clear()
+    nulls._source_of.cache_clear()
+
+
+def test_nulls_of_other_code_are_not_taken(subject, windows, tmp_path, runs, adapter, monkeypatch):
+    cache = NullCache(tmp_path / "cache")
+
+    def measure(module, probe=PROBES[1]):
+        own_init_estimates(module.Adapter(subject.module), windows, [probe], "frozen", cache)
+        return len(runs)
+
+    assert measure(adapter()) == 1
+    assert measure(adapter()) == 1, "the same code in another process"
+    assert measure(adapter(ADAPTER.replace("pass", "factor = 2"))) == 2, "the subject's file"
+    (tmp_path / "package" / "helper.py").write_text("factor = 2")
+    assert measure(adapter(ADAPTER.replace("pass", "factor = 2"))) == 3, "a file beside it"
+    first = adapter()
+    assert measure(first, first.Mine()) == 4
+    edited = adapter(ADAPTER + "    smallest = 2\n")
+    assert measure(edited, edited.Mine()) == 5, "the probe's class"
+    package = tmp_path / "hopeprobe"
+    shutil.copytree(nulls._PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(nulls, "_PACKAGE", package)
+    before = measure(adapter())
+    with (package / "stats" / "jackknife.py").open("a") as file:
+        file.write("# another formula\n")
+    assert measure(adapter()) == before + 1, "the library"
+
+
+def test_code_that_is_in_no_file_is_not_cached(subject, windows, tmp_path, runs, adapter):
+    cache, module = NullCache(tmp_path / "cache"), adapter()
+    del module.__file__  # as in a notebook
+    typed = module.Adapter(subject.module)
+    for _ in range(2):
+        own_init_estimates(typed, windows, PROBES[1:], "frozen", cache)
+    assert len(runs) == 2
+    assert not (tmp_path / "cache").exists()
+    mine = module.Mine()
+    for _ in range(2):  # a probe has its version
+        own_init_estimates(subject, windows, [mine], "frozen", cache)
+    assert len(runs) == 3
+    assert nulls._source_of(module.Mine) == "version 1"
+
+
+def test_the_digest_of_the_code_is_made_once_and_quickly(subject):
+    nulls._code_of.cache_clear()
+    parts = type(subject), type(subject.module), CMSSimilarity
+    nulls._code_of(parts)
+    nulls._code_of.cache_clear()
+    start = time.process_time()
+    nulls._code_of(parts)
+    assert time.process_time() - start < 0.05
+    assert nulls._code_of(parts) is nulls._code_of(parts)
+
+
+def test_the_probes_own_source_is_in_the_key_where_no_file_shows_it(
+    subject, windows, tmp_path, runs, adapter
+):
+    module = adapter()
+    del module.__file__
+    cache, probe = NullCache(tmp_path / "cache"), module.Mine()
+    for number, source in enumerate(("a = 1", "a = 1", "a = 2")):
+        nulls._source_of.cache_clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nulls.inspect, "getsource", lambda _, source=source: source)
+            own_init_estimates(subject, windows, [probe], "frozen", cache)
+        assert len(runs) == (1, 1, 2)[number]

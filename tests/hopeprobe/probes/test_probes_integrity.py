@@ -10,10 +10,11 @@ import torch
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.errors import MeasurementError
 from hopeprobe.model.subject import HopeSubject
-from hopeprobe.probes import get_probe
+from hopeprobe.probes import Finding, Measurement, Place, get_probe
 from hopeprobe.probes.integrity import adamw_reach, relative_distance
+from hopeprobe.stats import FreshInit, GroupedMean, Verdict, jackknife, mean_of
 from hopeprobe.subject import MissingCapability, load
-from hopeprobe.tokens import EvalWindows, Unigram
+from hopeprobe.tokens import EvalWindows, TokenData, Unigram
 
 PROBE = get_probe("integrity")
 
@@ -79,6 +80,14 @@ def test_loss_and_its_nulls_agree_with_a_reference(toy_run, toy_data, settings):
     assert nulls["frozen_loss", "unigram"] == pytest.approx(unigram.surprisal[targets].mean())
 
 
+def test_a_unigram_model_scored_on_its_own_text_says_so(toy_run, settings):
+    told = "fit on tokens that it is scored on"
+    for split, tokens, expected in (("all", 1600, True), ("train", 1600, True), ("heldout", None, False)):
+        frame, _ = frame_of(toy_run / "step-000040.pt", settings, split=split, tokens=tokens, fresh=0)
+        assert (told in frame.loc[("frozen_loss", "")].note) == expected
+        assert frame.note.str.contains(told).sum() == expected
+
+
 def test_step_zero_is_untrained_in_every_row(toy_run, settings):
     frame, _ = frame_of(toy_run / "step-000000.pt", settings)
     assert set(frame.verdict) == {"untrained"}
@@ -110,6 +119,45 @@ def test_another_seed_is_untrained_without_initial_weights_too(subject_of, setti
     distance = frame.loc[("distance_from_init", "all")]
     assert (distance.verdict, distance.n_tokens) == ("n/a", 0)
     assert results.checkpoint["own_init"].startswith("absent: nobody kept")
+
+
+def test_a_first_step_is_trained_a_little_and_not_called_untrained(toy_run, settings):
+    frame, _ = frame_of(toy_run / "step-000001.pt", settings)
+    assert set(frame.verdict) == {"inconclusive"}
+    assert "nats from its value at initialisation" in frame.loc[("frozen_loss", "")].note
+    assert frame.note.str.contains("the weights moved by .* of their norm, but on this text").all()
+
+
+def test_a_text_of_another_kind_does_not_make_weights_untrained(toy_run, settings):
+    rng = np.random.default_rng(1)
+    noise = [rng.integers(0, 97, 40) for _ in range(100)]
+    text = TokenData.from_documents(noise, name="noise", vocab_size=97, end_of_text=0)
+    frame, _ = frame_of(toy_run / "step-000040.pt", settings, data=text)
+    assert set(frame.verdict) == {"inconclusive"}
+    assert "but on this text the frozen loss is +" in frame.loc[("frozen_loss", "")].note
+
+
+@pytest.mark.parametrize(("tokens", "verdict"), [(300, "inconclusive"), (1600, "untrained")])
+def test_without_initial_weights_too_few_documents_call_nothing_untrained(
+    subject_of, settings, tokens, verdict
+):
+    frame, _ = frame_of(impostor(subject_of(seed=3).module, None), settings, tokens=tokens)
+    assert frame.loc[("frozen_loss", "")].verdict == verdict
+
+
+def test_without_initial_weights_the_whole_interval_must_lie_above(subject_of):
+    def loss(spread):
+        values = np.random.default_rng(0).standard_normal((64, 1)) * spread
+        accumulator = GroupedMean()
+        accumulator.update(4.5 + values - values.mean(), np.ones((64, 1), bool), np.arange(64))
+        row = Measurement(Place("frozen_loss"), "frozen", "nats", jackknife(mean_of, accumulator))
+        return Finding(row, fresh=FreshInit((4.5, 4.51), 4.5))
+
+    subject = impostor(subject_of().module, None)
+    (sure,) = PROBE.review(subject, [loss(0.01)])
+    assert sure.override is Verdict.UNTRAINED
+    (unsure,) = PROBE.review(subject, [loss(5.0)])
+    assert unsure.override is None
 
 
 def test_trained_weights_beside_another_start_are_not_called_untrained(toy_run, subject_of, settings):
@@ -146,9 +194,12 @@ def test_a_loss_that_is_not_finite_is_missing_and_never_a_verdict(subject, setti
         analyze(subject, PROBE.name, **settings)
 
 
-def test_a_hook_that_spoils_the_loss_leaves_the_rows_of_weights(toy_run, settings):
+def test_a_spoiled_loss_leaves_the_rows_of_weights(toy_run, settings, monkeypatch):
     subject = load(toy_run / "step-000040.pt")
-    subject.module.add_hook("hook_embed", lambda x, hook: x * torch.nan)
+    run = subject.run
+    monkeypatch.setattr(
+        subject, "run", lambda *args: (out := run(*args))._replace(losses=out.losses * torch.nan)
+    )
     frame, results = frame_of(subject, settings)
     assert any("frozen loss" in message for message in missing_from(results))
     assert "frozen_loss" not in frame.index.get_level_values("statistic")
@@ -188,6 +239,23 @@ def test_adamw_never_goes_further_than_its_reach(kind):
         assert float((theta.detach() - start).norm()) <= bound * (1 + 1e-5)
     if kind in ("constant", "growing"):
         assert float((theta.detach() - start).norm()) > 0.6 * bound, "the bound is not idle"
+
+
+def test_reach_holds_for_weights_that_are_not_decayed():
+    told = {"learning_rate": 1e-2, "weight_decay": 10.0}
+    free, decayed = torch.nn.Parameter(torch.zeros(100)), torch.nn.Parameter(torch.ones(100, 2))
+    starts = [free.detach().clone(), decayed.detach().clone()]
+    groups = [{"params": [free], "weight_decay": 0.0}, {"params": [decayed], "weight_decay": 10.0}]
+    optimiser = torch.optim.AdamW(groups, lr=1e-2)
+    for step in range(1, 61):
+        free.grad, decayed.grad = torch.ones(100), torch.ones(100, 2)
+        optimiser.step()
+        a, b = adamw_reach(told, step)
+        moved = [float((p.detach() - s).norm()) for p, s in zip((free, decayed), starts, strict=True)]
+        norms = [float(s.norm()) for s in starts]
+        for n, start, distance in ((100, norms[0], moved[0]), (200, norms[1], moved[1])):
+            assert distance <= (a * math.sqrt(n) + b * start) * (1 + 1e-5)
+        assert math.hypot(*moved) <= a * math.sqrt(300) + b * math.hypot(*norms)
 
 
 def test_reach_needs_a_learning_rate():

@@ -102,9 +102,10 @@ def test_frozen_closes_the_gates_and_a_deaf_model_is_not_frozen(subject, windows
     meta = subject.meta_weights()[name]
     moved = {"live": [], "frozen": []}
     for condition, seen in moved.items():
-        with subject.module.hooks([(name, lambda w, hook: seen.append(float((w - meta).norm())))]):  # noqa: B023
+        watch = (name, lambda w, hook: seen.append(float((w - meta).norm())))  # noqa: B023
+        with subject.module.hooks([watch], allow_unfired=True):  # a frozen level may have no write to show
             assert not run_pass(subject, windows, [Watching("well")], condition).failed
-    assert max(moved["frozen"]) == 0 < min(moved["live"])
+    assert max(moved["frozen"], default=0) == 0 < min(moved["live"])
     deaf = run_pass(Deaf(subject.module), windows, [Watching("well")], "frozen")
     assert "the model was not frozen" in deaf.failed["well"]
     assert not deaf.accumulators

@@ -105,10 +105,20 @@ def test_without_own_init_fresh_init_alone_decides_and_says_so():
     assert verdict(evidence(0.0, own=None, spread=3.0)).verdict is Verdict.INCONCLUSIVE
 
 
-def test_without_fresh_init_own_init_alone_decides_and_says_so():
+def test_without_fresh_init_nothing_is_learned_and_the_row_says_so():
     judgement = verdict(evidence(5.0, fresh=None))
-    assert judgement.verdict is Verdict.LEARNED
-    assert "own-init alone decides" in judgement.note
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert math.isnan(judgement.p)
+    assert "fresh-init was not asked for" in judgement.note
+    assert verdict(evidence(0.0, fresh=None, spread=0.01)).verdict is Verdict.AT_INIT
+
+
+def test_without_own_init_both_sides_of_the_difference_are_of_the_same_tokens():
+    # On the prefix the value is the null's own; on all tokens, which the null never saw, it lies elsewhere.
+    row = Evidence(estimate(5.0, 0.01), None, FreshInit((-0.1, 0.0, 0.1), 0.0))
+    assert verdict(row).verdict is Verdict.AT_INIT
+    row = Evidence(estimate(0.0, 0.01), None, FreshInit((-9.0, 0.0, 9.0), 5.0))
+    assert verdict(row).verdict is Verdict.INCONCLUSIVE
 
 
 def test_without_a_null_nothing_is_concluded():
@@ -145,8 +155,9 @@ def test_a_difference_without_spread_is_certain():
     trained, initial = estimate(1.0), estimate(0.0)
     shifted = paired_difference(trained, initial)
     np.testing.assert_allclose(shifted.se, 0.0, atol=1e-15)
-    assert verdict(Evidence(trained, shifted)).verdict is Verdict.LEARNED
-    assert verdict(Evidence(trained, paired_difference(trained, trained))).verdict is Verdict.AT_INIT
+    fresh = FreshInit((-0.1, 0.0, 0.1), 1.0)
+    assert verdict(Evidence(trained, shifted, fresh)).verdict is Verdict.LEARNED
+    assert verdict(Evidence(trained, paired_difference(trained, trained), fresh)).verdict is Verdict.AT_INIT
 
 
 @pytest.mark.parametrize("override", [Verdict.COLLAPSED, Verdict.NO_SIGNAL, Verdict.NOT_APPLICABLE])
