@@ -67,9 +67,9 @@ class Generated(NamedTuple):
     fast: tuple[Weights, ...]  # of each group, (B, ...)
 
 
-def _answer(x: Tensor, w: Weights, index: int) -> Tensor:
-    """M(x) of one vector memory of a group, (B, n, d)."""
-    return torch.baddbmm(x, F.gelu(x @ w.w2[:, index].mT), w.w1[:, index].mT)
+def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
+    """M(x) of one vector memory, (B, n, d); its weights (B, h, d) and (B, d, h)."""
+    return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
 
 
 def _read(x: Tensor, w: Weights) -> Reading:
@@ -78,8 +78,9 @@ def _read(x: Tensor, w: Weights) -> Reading:
     n_vector = w.w1.shape[1]
     pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
     hidden = F.gelu(pre)
-    vector = hidden[:, :, :n_vector].transpose(1, 2) @ w.w1.mT + x[:, None]
-    scalar = (hidden[:, :, n_vector:] * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
+    of_vectors, of_scalars = hidden.split([n_vector, m - n_vector], dim=2)
+    vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
+    scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
     return Reading(pre, hidden, vector, scalar)
 
 
@@ -195,29 +196,35 @@ class SelfMod(nn.Module):
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         fast = tuple(fast_weights(meta, group) for meta, group in zip(weights, state.groups, strict=True))
-        others, first = (
-            fast[0],
-            1 if len(fast) == 1 else 0,
-        )  # where `memory` writes with the others it is stacked first
-        if self.w_q is None:
-            q, first = _answer(u, others, first), first + 1
-        else:
-            q = u @ self.w_q.mT
+        others = fast[0]
+        # Besides k and v, the vector memories that are read alone: `memory` where it writes with the others, and q.
+        # Taken apart by split and unbind, whose backward is one pass; a slice each would fill the whole with zeros.
+        alone = others.w1.shape[1] - 2
+        *w2_alone, w2_generators = others.w2.split([1] * alone + [4], dim=1)
+        w1 = others.w1.unbind(1)
+        q = _answer(u, w2_alone[-1].squeeze(1), w1[alone - 1]) if self.w_q is None else u @ self.w_q.mT
         q = self.hook_q(l2norm(q))
-        out = self.hook_out(_answer(q, fast[-1], 0))
+        if len(fast) == 1:
+            out = _answer(q, w2_alone[0].squeeze(1), w1[0])
+        else:
+            out = _answer(q, fast[-1].w2.squeeze(1), fast[-1].w1.squeeze(1))
+        out = self.hook_out(out)
         with torch.set_grad_enabled(outer and torch.is_grad_enabled()):
-            made = Generated(*self._generate(u, others, first), tail=tail, fast=fast)
+            made = Generated(*self._generate(u, others, w2_generators, w1[-2:]), tail=tail, fast=fast)
             self._observe_losses(made)
         return out, made
 
-    def _generate(self, u: Tensor, w: Weights, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k, v, eta and alpha from the memories stacked from `first` on."""
+    def _generate(
+        self, u: Tensor, w: Weights, w2: Tensor, w1: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, eta and alpha: `w2` (B, 4, h, d) of these four, `w1` (B, d, h) of k and of v."""
         batch, n, d = u.shape
-        hidden = F.gelu((u @ w.w2[:, first:].flatten(1, 2).mT).view(batch, n, 4, d))
-        k = torch.baddbmm(u, hidden[:, :, 0], w.w1[:, first].mT)
-        v = torch.baddbmm(u, hidden[:, :, 1], w.w1[:, first + 1].mT)
-        scalar = (hidden[:, :, 2:] * w.w1_scalar[:, None]).sum(-1) + u @ w.skip.mT
-        raw_eta, raw_alpha = scalar[..., 0], scalar[..., 1]
+        hidden = F.gelu((u @ w2.flatten(1, 2).mT).view(batch, n, 4, d))
+        hidden_k, hidden_v, hidden_scalar = hidden.split([1, 1, 2], dim=2)
+        k = torch.baddbmm(u, hidden_k.squeeze(2), w1[0].mT)
+        v = torch.baddbmm(u, hidden_v.squeeze(2), w1[1].mT)
+        scalar = (hidden_scalar * w.w1_scalar[:, None]).sum(-1) + u @ w.skip.mT
+        raw_eta, raw_alpha = scalar.unbind(-1)
         if self.eta_bias is not None:
             raw_eta = raw_eta + self.eta_bias
         if self.alpha_bias is not None:
@@ -255,10 +262,10 @@ class SelfMod(nn.Module):
     def _predictions(self, both: Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """M(k) and vhat = M(v) from a reading of k and v side by side: (B, mv, C, d) twice, (B, C, m - mv) twice."""
         n = both.scalar.shape[1] // 2
-        target = both.vector[:, :, n:]
+        predicted, target = both.vector.split(n, dim=2)
         if self.config.normalise_value:
             target = l2norm(target)  # a scalar target keeps its size: normalised, only its sign would be left
-        return both.vector[:, :, :n], target, both.scalar[:, :n], both.scalar[:, n:]
+        return predicted, target, *both.scalar.split(n, dim=1)
 
     def _slope(self, predicted: Tensor, target: Tensor) -> Tensor:
         """dL/dM(k)."""
@@ -315,8 +322,9 @@ class SelfMod(nn.Module):
         both = _read(torch.cat([k, v], 1), fast)
         predicted, target, predicted_scalar, target_scalar = self._predictions(both)
         slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
-        pre, hidden = both.pre[:, :n], both.hidden[:, :n]
-        n_vector = slope.shape[1]
+        pre, hidden = both.pre.split(n, dim=1)[0], both.hidden.split(n, dim=1)[0]
+        sizes = [slope.shape[1], slope_scalar.shape[2]]
+        hidden_vector, hidden_scalar = hidden.split(sizes, dim=2)
 
         back = torch.cat(
             [(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2
@@ -330,16 +338,16 @@ class SelfMod(nn.Module):
         decay = chunk_decay(k, eta, log_alpha)
         errors = solve_errors(decay, eta, push, read_meta, read)
         keys = decay.to_end[..., None] * k
-        rows = state.w2.shape[1] * state.w2.shape[2]
+        errors_w2, errors_skip = errors.split([pre.shape[2] * pre.shape[3], sizes[1]], dim=2)
 
         step = eta[..., None].expand(*hidden.shape[:3])
         if self.config.proximal:
             step = step / (1.0 + step * hidden.square().sum(-1))
         step = step * decay.to_end[..., None]
-        pushed = (step[:, :, :n_vector].transpose(1, 2)[..., None] * slope).flatten(0, 1)
-        activation = hidden[:, :, :n_vector].transpose(1, 2).flatten(0, 1)
-        scalar_step = (step[:, :, n_vector:] * slope_scalar)[..., None]
-        w1_scalar_term = (scalar_step * hidden[:, :, n_vector:]).sum(1)
+        step_vector, step_scalar = step.split(sizes, dim=2)
+        pushed = (step_vector.transpose(1, 2)[..., None] * slope).flatten(0, 1)
+        activation = hidden_vector.transpose(1, 2).flatten(0, 1)
+        w1_scalar_term = ((step_scalar * slope_scalar)[..., None] * hidden_scalar).sum(1)
 
         def decayed(delta: Tensor, base: Tensor) -> Tensor:
             end = decay.end.view(-1, *(1,) * (delta.ndim - 1))
@@ -349,9 +357,9 @@ class SelfMod(nn.Module):
             return kept + (end - 1.0) * base  # W decays to zero: its difference to the meta weights does not
 
         # In place on `decayed`, which is ours: subtracting a product of thin factors is one pass over the weights.
-        w2 = decayed(state.w2, meta.w2).flatten(1, 2).baddbmm_(errors[..., :rows].mT, keys, alpha=-1)
+        w2 = decayed(state.w2, meta.w2).flatten(1, 2).baddbmm_(errors_w2.mT, keys, alpha=-1)
         w1 = decayed(state.w1, meta.w1).flatten(0, 1).baddbmm_(pushed.mT, activation, alpha=-1)
-        skip = decayed(state.skip, meta.skip).baddbmm_(errors[..., rows:].mT, keys, alpha=-1)
+        skip = decayed(state.skip, meta.skip).baddbmm_(errors_skip.mT, keys, alpha=-1)
         w1_scalar = decayed(state.w1_scalar, meta.w1_scalar) - w1_scalar_term
         return MemoryState(w2.view_as(state.w2), w1.view_as(state.w1), w1_scalar, skip)
 
