@@ -7,6 +7,8 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
+
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.analysis import report_missing, save_figures
 from hopeprobe.cli.tables import result_tables
@@ -18,7 +20,7 @@ from hopeprobe.model.config import PRESET_LEARNING_RATE, preset
 from hopeprobe.model.train import TrainConfig, train
 from hopeprobe.plots import plot_loss_curve
 from hopeprobe.probes import PROBES
-from hopeprobe.tokens import Unigram
+from hopeprobe.tokens import EvalWindows, Unigram
 
 #: Enough for 64 groups of documents; a larger budget narrows intervals and takes longer than a demo may.
 TOKENS = 12_288
@@ -43,7 +45,11 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
     screen = console()
     with progress() as report:
         data = load_data(["builtin"], report)
-        unigram = Unigram.fit(data.split_tokens("train"), data.vocab_size)
+        watched = EvalWindows(data, context=config.context, tokens=train_config.eval_tokens)
+        targets = np.concatenate(
+            [row[1 : n + 1] for batch in watched for row, n in zip(batch.tokens, batch.lengths, strict=True)]
+        )
+        unigram = Unigram.fit(data.split_tokens("train"), data.vocab_size).loss(targets)
         run = train(config, train_config, data, out, progress=training_progress(report, steps))
         trained = time.perf_counter() - started
         results = analyze(
@@ -59,7 +65,7 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
         plot_loss_curve(
             out / "metrics.jsonl",
             out / "loss.png",
-            unigram=unigram.loss(data.split_tokens("heldout")),
+            unigram=unigram,
             ln_vocab=math.log(config.vocab_size),
         ),
         *save_figures(results, out),
@@ -70,7 +76,8 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
     say(
         screen,
         f"{steps} steps on {data.name}: held-out loss {last['held_out_live']:.3f} live, "
-        f"{last['held_out_frozen']:.3f} frozen; fast weights at {last['norm_ratio']:.3f} of their meta weights' norm",
+        f"{last['held_out_frozen']:.3f} frozen, {unigram:.3f} by token frequencies alone (unigram, same tokens); "
+        f"fast weights at {last['norm_ratio']:.3f} of their meta weights' norm",
     )
     for path in (*figures, out / "results.json", step_path(out, run.step)):
         say(screen, f"wrote {path}")

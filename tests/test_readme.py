@@ -43,7 +43,7 @@ def test_every_command_and_snippet(tmp_path):
     command = (
         shlex.quote(sys.executable) + " -c 'import sys; from hopeprobe.cli import main; main(sys.argv[1:])'"
     )
-    snippets, seconds = [], {}
+    snippets, seconds, printed = [], {}, {}
     for kind, text in blocks():
         if kind == "python":
             snippets.append(text)
@@ -55,6 +55,7 @@ def test_every_command_and_snippet(tmp_path):
             call = [*shlex.split(command), *shlex.split(line)[1:]]
             done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
             seconds[line] = time.monotonic() - started
+            printed[line] = done.stdout
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             assert done.stdout or "--output" in line, line
     done = subprocess.run(
@@ -67,6 +68,12 @@ def test_every_command_and_snippet(tmp_path):
     assert all((demo / name).stat().st_size > 10_000 for name in ("loss.png", "similarity.png"))
     metrics = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
     assert 0.5 < metrics[-1]["norm_ratio"] < 2
+    said = re.search(
+        r"held-out loss ([\d.]+) live, ([\d.]+) frozen, ([\d.]+) by token frequencies",
+        printed["hopeprobe demo"],
+    )
+    live, frozen, frequencies = map(float, said.groups())
+    assert max(live, frozen) < frequencies
     results = json.loads((demo / "results.json").read_text())
     verdicts = {(r["probe"], r["statistic"]): r["verdict"] for r in results["results"]}
     assert "untrained" not in verdicts.values()
