@@ -78,7 +78,7 @@ def _read(x: Tensor, w: Weights) -> Reading:
     n_vector = w.w1.shape[1]
     pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
     hidden = F.gelu(pre)
-    of_vectors, of_scalars = hidden.split([n_vector, m - n_vector], dim=2)
+    of_vectors, of_scalars = hidden.split_with_sizes([n_vector, m - n_vector], dim=2)
     vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
     scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
     return Reading(pre, hidden, vector, scalar)
@@ -200,7 +200,7 @@ class SelfMod(nn.Module):
         # Besides k and v, the vector memories that are read alone: `memory` where it writes with the others, and q.
         # Taken apart by split and unbind, whose backward is one pass; a slice each would fill the whole with zeros.
         alone = others.w1.shape[1] - 2
-        *w2_alone, w2_generators = others.w2.split([1] * alone + [4], dim=1)
+        *w2_alone, w2_generators = others.w2.split_with_sizes([1] * alone + [4], dim=1)
         w1 = others.w1.unbind(1)
         q = _answer(u, w2_alone[-1].squeeze(1), w1[alone - 1]) if self.w_q is None else u @ self.w_q.mT
         q = self.hook_q(l2norm(q))
@@ -220,7 +220,7 @@ class SelfMod(nn.Module):
         """k, v, eta and alpha: `w2` (B, 4, h, d) of these four, `w1` (B, d, h) of k and of v."""
         batch, n, d = u.shape
         hidden = F.gelu((u @ w2.flatten(1, 2).mT).view(batch, n, 4, d))
-        hidden_k, hidden_v, hidden_scalar = hidden.split([1, 1, 2], dim=2)
+        hidden_k, hidden_v, hidden_scalar = hidden.split_with_sizes([1, 1, 2], dim=2)
         k = torch.baddbmm(u, hidden_k.squeeze(2), w1[0].mT)
         v = torch.baddbmm(u, hidden_v.squeeze(2), w1[1].mT)
         scalar = (hidden_scalar * w.w1_scalar[:, None]).sum(-1) + u @ w.skip.mT
@@ -261,11 +261,11 @@ class SelfMod(nn.Module):
 
     def _predictions(self, both: Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """M(k) and vhat = M(v) from a reading of k and v side by side: (B, mv, C, d) twice, (B, C, m - mv) twice."""
-        n = both.scalar.shape[1] // 2
-        predicted, target = both.vector.split(n, dim=2)
+        predicted, target = both.vector.chunk(2, dim=2)
         if self.config.normalise_value:
             target = l2norm(target)  # a scalar target keeps its size: normalised, only its sign would be left
-        return predicted, target, *both.scalar.split(n, dim=1)
+        predicted_scalar, target_scalar = both.scalar.chunk(2, dim=1)
+        return predicted, target, predicted_scalar, target_scalar
 
     def _slope(self, predicted: Tensor, target: Tensor) -> Tensor:
         """dL/dM(k)."""
@@ -318,13 +318,12 @@ class SelfMod(nn.Module):
         self, meta: Weights, state: MemoryState, fast: Weights, tokens: Pending, donated: bool
     ) -> MemoryState:
         k, v, eta, log_alpha = tokens
-        n = k.shape[1]
         both = _read(torch.cat([k, v], 1), fast)
         predicted, target, predicted_scalar, target_scalar = self._predictions(both)
         slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
-        pre, hidden = both.pre.split(n, dim=1)[0], both.hidden.split(n, dim=1)[0]
+        pre, hidden = both.pre.chunk(2, dim=1)[0], both.hidden.chunk(2, dim=1)[0]
         sizes = [slope.shape[1], slope_scalar.shape[2]]
-        hidden_vector, hidden_scalar = hidden.split(sizes, dim=2)
+        hidden_vector, hidden_scalar = hidden.split_with_sizes(sizes, dim=2)
 
         back = torch.cat(
             [(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2
@@ -338,13 +337,13 @@ class SelfMod(nn.Module):
         decay = chunk_decay(k, eta, log_alpha)
         errors = solve_errors(decay, eta, push, read_meta, read)
         keys = decay.to_end[..., None] * k
-        errors_w2, errors_skip = errors.split([pre.shape[2] * pre.shape[3], sizes[1]], dim=2)
+        errors_w2, errors_skip = errors.split_with_sizes([pre.shape[2] * pre.shape[3], sizes[1]], dim=2)
 
         step = eta[..., None].expand(*hidden.shape[:3])
         if self.config.proximal:
             step = step / (1.0 + step * hidden.square().sum(-1))
         step = step * decay.to_end[..., None]
-        step_vector, step_scalar = step.split(sizes, dim=2)
+        step_vector, step_scalar = step.split_with_sizes(sizes, dim=2)
         pushed = (step_vector.transpose(1, 2)[..., None] * slope).flatten(0, 1)
         activation = hidden_vector.transpose(1, 2).flatten(0, 1)
         w1_scalar_term = ((step_scalar * slope_scalar)[..., None] * hidden_scalar).sum(1)
