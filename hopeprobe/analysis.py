@@ -13,10 +13,8 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
@@ -30,21 +28,17 @@ from hopeprobe.nulls import (
     own_init_estimates,
     plain_values,
 )
+from hopeprobe.opening import Checkpoints, WindowMaker, as_list, check_no_hooks, labelled, open_checkpoint
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
 from hopeprobe.probes.passes import run_pass
 from hopeprobe.results import NullRow, ResultRow, Results
 from hopeprobe.stats import Evidence, Verdict, judge
-from hopeprobe.subject import MissingCapability, Subject, load
-from hopeprobe.tokens import EvalWindows, TokenData, load_tokens
+from hopeprobe.subject import MissingCapability, Subject
+from hopeprobe.tokens import EvalWindows, TokenData
 
 if TYPE_CHECKING:
     from hopeprobe.tokens.sources import DataSpec
-
-Checkpoints: TypeAlias = "str | os.PathLike[str] | Subject | Iterable[str | os.PathLike[str] | Subject]"
-_BATCH_TOKENS = 4096
-_BATCH_DOCUMENTS = 4  # of any length
-_SHOWN = 120  # characters of a path in a message
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is being done, and how many batches of it are done and there are."""
@@ -94,18 +88,18 @@ def analyze(
         )
     chosen = _probes(probes)
     results, described = Results(), []
-    given = _as_list(checkpoints)
-    labels = _labels(given)
+    given = as_list(checkpoints)
+    labels = labelled(given)
     # Whatever is wrong with the last of them is told before hours are spent on the others.
-    made = _WindowMaker(data, tokens, split, carry, batch, cache_dir)
+    made = WindowMaker(data, tokens, split, carry, batch, cache_dir)
     windows_of = []
     for checkpoint in given:
-        subject = _open(checkpoint)
-        _check_no_hooks(subject)
+        subject = open_checkpoint(checkpoint)
+        check_no_hooks(subject)
         windows_of.append(made.windows(subject))
     for checkpoint, label, windows in zip(given, labels, windows_of, strict=True):
         # Opened again when there are several: they need not all fit into memory at once.
-        subject = subject if len(given) == 1 else _open(checkpoint)
+        subject = subject if len(given) == 1 else open_checkpoint(checkpoint)
         cache = NullCache.default(cache_dir)
         run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress)
         run.measure(chosen)
@@ -117,11 +111,6 @@ def analyze(
     if missing and all(math.isnan(row.value) for row in results.rows):
         raise MeasurementError("nothing could be measured: " + "; ".join(missing))
     return results
-
-
-def suitable_batch(context: int, carry: str) -> int:
-    """Windows at a time: about 4,096 tokens; more is slower for `small`, whose state then leaves the cache."""
-    return max(1, _BATCH_TOKENS // context) if carry == "window" else _BATCH_DOCUMENTS
 
 
 def missing_from(results: Results) -> list[str]:
@@ -332,98 +321,6 @@ def _probes(names: str | Sequence[str | Probe]) -> list[Probe]:
     if not chosen:
         raise BadInputError(f"no probe was asked for (there are: {', '.join(PROBES)})")
     return list({probe.name: probe for probe in chosen}.values())
-
-
-def _as_list(checkpoints: Checkpoints) -> list[str | os.PathLike[str] | Subject]:
-    if isinstance(checkpoints, str | os.PathLike | Subject):
-        return [checkpoints]
-    given = list(checkpoints)
-    if not given:
-        raise BadInputError("no checkpoint was given")
-    return given
-
-
-def _labels(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[str]:
-    """Name each checkpoint once: by its file, with as many folders as it takes to tell two apart."""
-    paths = [c.path if isinstance(c, Subject) else Path(c) for c in checkpoints]
-    names = [c.name if isinstance(c, Subject) else Path(c).name for c in checkpoints]
-    for depth in range(2, 1 + max((len(p.parts) for p in paths if p), default=1)):
-        twice = {name for name, count in Counter(names).items() if count > 1}
-        for i, path in enumerate(paths):
-            if path is not None and names[i] in twice:
-                names[i] = "/".join(path.parts[-depth:])
-    if len(set(names)) < len(names):
-        same = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise BadInputError(f"two checkpoints have one name: {', '.join(same)}")
-    return names
-
-
-@dataclass
-class _WindowMaker:
-    """The windows of each checkpoint; those that read the same ones share them, and their fingerprint."""
-
-    data: DataSpec | Sequence[DataSpec] | TokenData
-    tokens: int | None
-    split: str
-    carry: str
-    batch: int | None
-    cache_dir: str | os.PathLike[str] | None
-    loaded: dict[str, TokenData] = field(default_factory=dict)
-    made: dict[tuple[str, int], EvalWindows] = field(default_factory=dict)
-
-    def windows(self, subject: Subject) -> EvalWindows:
-        """Windows of the subject's context. Raises BadInputError where the data do not fit the model."""
-        text = self._text(subject.tokenizer)
-        _check_vocabulary(subject, text)
-        key = subject.tokenizer, subject.context
-        if key not in self.made:
-            size = suitable_batch(subject.context, self.carry) if self.batch is None else self.batch
-            self.made[key] = EvalWindows(
-                text, self.split, context=subject.context, tokens=self.tokens, batch=size, carry=self.carry
-            )
-        return self.made[key]
-
-    def _text(self, tokenizer: str) -> TokenData:
-        if isinstance(self.data, TokenData):
-            return self.data
-        if tokenizer not in self.loaded:
-            self.loaded[tokenizer] = load_tokens(self.data, tokenizer=tokenizer, cache_dir=self.cache_dir)
-        return self.loaded[tokenizer]
-
-
-def _open(checkpoint: str | os.PathLike[str] | Subject) -> Subject:
-    if isinstance(checkpoint, Subject):
-        return checkpoint
-    try:
-        return load(Path(checkpoint))
-    except OSError as error:  # a name too long, a folder that may not be entered
-        shown = os.fspath(checkpoint)
-        if len(shown) > _SHOWN:
-            shown = f"{shown[: _SHOWN // 2]} … {shown[-_SHOWN // 2 :]}"
-        raise BadInputError(f"{shown} cannot be opened: {error.strerror or type(error).__name__}") from error
-
-
-def _check_no_hooks(subject: Subject) -> None:
-    active = [name for name, point in subject.module.hook_dict.items() if point.active]
-    if active:
-        shown = ", ".join(active[:3]) + (f" and {len(active) - 3} more" if len(active) > 3 else "")
-        raise BadInputError(
-            f"{subject.name} has hooks on it, at {shown}, and nulls are measured without them; take them off "
-            "before analysing (handle.remove(), or leave the `with`)"
-        )
-
-
-def _check_vocabulary(subject: Subject, data: TokenData) -> None:
-    if subject.tokenizer != data.tokenizer:
-        raise BadInputError(
-            f"{subject.name} reads tokens of {subject.tokenizer!r}, {data.name} was tokenised by "
-            f"{data.tokenizer!r}"
-        )
-    if subject.vocab_size < data.vocab_size:
-        raise BadInputError(
-            f"{subject.name} has a vocabulary of {subject.vocab_size}, {data.name} has tokens up to "
-            f"{data.vocab_size - 1}: another tokenizer's text?"
-        )
 
 
 def _describe_data(windows: EvalWindows) -> dict[str, Any]:

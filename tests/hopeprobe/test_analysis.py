@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import hopeprobe
-from hopeprobe import analysis
+from hopeprobe import opening
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
@@ -251,7 +251,7 @@ def test_a_path_that_the_system_refuses_is_bad_input(settings, monkeypatch, numb
     def refused(path):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(analysis, "load", refused)
+    monkeypatch.setattr(opening, "load", refused)
     with pytest.raises(BadInputError, match=f"aaa … aaa.*{os.strerror(number)}") as caught:
         analyze("a" * 5000, "integrity", **settings)
     assert len(str(caught.value)) < 250
