@@ -66,8 +66,11 @@ class Subject:
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def run(self, tokens: Tensor, lengths: Tensor | None = None) -> WindowLosses:
-        """Score windows (B, T + 1) from a fresh state, hooks firing, without an outer gradient."""
+    def run(self, tokens: Tensor, lengths: Tensor | None = None, state: Any = None) -> WindowLosses:
+        """Score windows (B, T + 1) from a fresh state or on from `state`, hooks firing, without an outer gradient.
+
+        `state` stands at a multiple of the tick, nothing pending; it is left as it is. lengths (B,): 0..T.
+        """
         raise self._missing("windows to score")
 
     def init_state(self, batch: int) -> Any:
@@ -110,8 +113,12 @@ class Subject:
         """Weights by mechanism, then by name."""
         raise self._missing("named parameters")
 
-    def freeze_hooks(self) -> Sequence[tuple[Any, Callable[..., Any]]]:
-        """Forward hooks (selector, fn) that close every write gate: the frozen model."""
+    def freeze_hooks(self, mechanism: str | None = None) -> Sequence[tuple[Any, Callable[..., Any]]]:
+        """Forward hooks (selector, fn) that close the write gates of a mechanism, None for all: the frozen model.
+
+        mechanism: a name of `write_periods`, or what comes before its dot (`cms` for all of its levels). Raises
+        `MissingCapability` for one that the model does not have, or that shares its gate with others.
+        """
         raise self._missing("write gates")
 
     # -- where it comes from -------------------------------------------------------------------------------------

@@ -19,6 +19,16 @@ HookRequest = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 WRITE_GATES = "blocks.*.hook_write_gate"
 
 
+def write_gates(model: HopeModel) -> dict[str, str]:
+    """Patterns of hook points by mechanism: `selfmod`, whose memories share a gate, `cms`, and each of its levels."""
+    if not model.config.writes:
+        return {}
+    cms = {
+        f"cms.{level.name}": f"blocks.*.cms.{level.name}.hook_write_gate" for level in model.config.cms_levels
+    }
+    return {"selfmod": "blocks.*.selfmod.hook_write_gate", "cms": "blocks.*.cms.*.hook_write_gate", **cms}
+
+
 def close(gate: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - the signature of a hook
     """A hook that closes a write gate: the token is read and not written."""
     return torch.zeros_like(gate)

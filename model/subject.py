@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from hopeprobe.errors import BadInputError
+from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_checkpoints
 from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.init import digest
-from hopeprobe.model.measure import freeze_hooks
+from hopeprobe.model.measure import close, freeze_hooks, write_gates
 from hopeprobe.model.selfmod import Memory, SelfMod
 from hopeprobe.model.state import State, average_rows, map_state, select_rows
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
@@ -41,9 +41,9 @@ class HopeSubject(Subject):
         self.dtype = str(model.embed.dtype).removeprefix("torch.")
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, lengths: Tensor | None = None) -> WindowLosses:
-        """Score windows (B, T + 1) from a fresh state, hooks firing, without an outer gradient."""
-        return WindowLosses(*self.module(tokens, lengths))
+    def run(self, tokens: Tensor, lengths: Tensor | None = None, state: State | None = None) -> WindowLosses:
+        """Score windows (B, T + 1) from a fresh state or on from `state`, hooks firing, without an outer gradient."""
+        return WindowLosses(*self.module(tokens, lengths, state))
 
     def init_state(self, batch: int) -> State:
         """A fresh state of `batch` streams."""
@@ -109,9 +109,14 @@ class HopeSubject(Subject):
             groups.setdefault("norm" if "norm" in group else group, {})[name] = parameter
         return groups
 
-    def freeze_hooks(self) -> Sequence[tuple[Any, Callable[..., Any]]]:
-        """Hooks that close every write gate."""
-        return freeze_hooks(self.module)
+    def freeze_hooks(self, mechanism: str | None = None) -> Sequence[tuple[Any, Callable[..., Any]]]:
+        """Hooks that close the write gates of `selfmod`, `cms` or one of its levels (`cms.fast`), or every gate."""
+        if mechanism is None:
+            return freeze_hooks(self.module)
+        gates = write_gates(self.module)
+        if mechanism not in gates:
+            raise self._missing(f"write gate for {mechanism!r} alone{near_names(mechanism, gates)}")
+        return [(gates[mechanism], close)]
 
     def identity(self) -> Mapping[str, Any]:
         """The configuration, as far as it changes what is computed."""

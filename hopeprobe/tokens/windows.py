@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ class EvalBatch:
     tokens: int64 [B, L+1], zeros after a row's own tokens. lengths: int64 [B], 1 … L, scored targets of row
     r, which are tokens[r, 1 : lengths[r] + 1]. document: int64 [B], the document's ordinal in the evaluated
     split, 0 … D-1. group: int64 [B], document % 64. start: int64 [B], position of the row's first token in
-    its document.
+    its document. index: int64 [B], the row's ordinal among all windows, whatever the size of the batches.
     """
 
     tokens: Ints
@@ -95,6 +96,7 @@ class EvalBatch:
     document: Ints
     group: Ints
     start: Ints
+    index: Ints
 
 
 class _Rows(NamedTuple):
@@ -160,6 +162,7 @@ class EvalWindows:
                 document=rows.document,
                 group=rows.document % N_GROUPS,
                 start=rows.start,
+                index=np.arange(first, first + len(rows.start), dtype=np.int64),
             )
 
     def take(self, n_tokens: int) -> EvalWindows:
@@ -172,6 +175,13 @@ class EvalWindows:
         return EvalWindows(
             self.data, self.split, context=self.context, tokens=n_tokens, batch=self.batch, carry=self.carry
         )
+
+    def with_batch(self, batch: int) -> EvalWindows:
+        """Draw the same windows `batch` at a time. Raises BadInputError under 1."""
+        _at_least("batch", batch, 1)
+        other = copy.copy(self)
+        other.batch = batch
+        return other
 
     @property
     def n_documents(self) -> int:

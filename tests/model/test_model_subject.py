@@ -314,6 +314,42 @@ def test_freezing(subject):
     assert not any(t.any() for t in fast(frozen.state))
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "names"),
+    [("selfmod", ["selfmod"]), ("cms", ["cms.fast", "cms.slow"]), ("cms.slow", ["cms.slow"])],
+)
+def test_freezing_one_mechanism_closes_its_gates_and_no_other(subject, mechanism, names):
+    with subject.module.hooks(fwd_hooks=subject.freeze_hooks(mechanism)) as handle:
+        state = subject.run(TOKENS.repeat(1, 2)).state  # long enough for the slow level
+    assert sorted(handle.fired) == sorted(f"blocks.{i}.{n}.hook_write_gate" for i in range(2) for n in names)
+    for layer in state.layers:
+        moved = {f"cms.{n}": bool(lv.w_in.any()) for n, lv in zip(("fast", "slow"), layer.cms, strict=True)}
+        moved["selfmod"] = any(bool(t.any()) for t in layer.selfmod.groups[0])
+        assert moved == {name: name not in names for name in ("cms.fast", "cms.slow", "selfmod")}
+
+
+def test_a_mechanism_that_has_no_gate_of_its_own_is_missing(subject):
+    with pytest.raises(MissingCapability, match=r"'cms\.fats' alone.*did you mean 'cms.fast'"):
+        subject.freeze_hooks("cms.fats")
+    with pytest.raises(MissingCapability, match=r"'selfmod\.k' alone"):
+        subject.freeze_hooks("selfmod.k")
+    with pytest.raises(MissingCapability, match="'cms' alone"):
+        made(dataclasses.replace(TOY, variant="transformer")).freeze_hooks("cms")
+
+
+def test_a_run_continues_from_a_state(subject):
+    length = TOKENS.shape[1] - 1
+    lengths = torch.tensor([length, length - 3, 5])
+    whole = subject.run(TOKENS, lengths)
+    first = subject.run(TOKENS[:, :9], lengths.clamp(max=8))
+    before = [t.clone() for t in fast(first.state)]
+    rest = subject.run(TOKENS[:, 8:], (lengths - 8).clamp(min=0), first.state)
+    assert torch.equal(torch.cat([first.losses, rest.losses], 1), whole.losses)
+    assert torch.equal(torch.cat([first.scored, rest.scored], 1), whole.scored)
+    assert all(torch.equal(a, b) for a, b in zip(fast(rest.state), fast(whole.state), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(fast(first.state), before, strict=True))
+
+
 def test_a_folder_is_no_checkpoint(folder):
     with pytest.raises(BadInputError, match=r"is a folder; name one of its checkpoints.*step-000003\.pt"):
         hopeprobe.load(folder)

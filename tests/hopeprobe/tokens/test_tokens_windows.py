@@ -204,6 +204,22 @@ def test_more_tokens_than_there_are_is_refused_with_advice():
         EvalWindows(data, "all", context=4, tokens=None).take(401)
 
 
+def test_other_batches_hold_the_same_windows():
+    windows = EvalWindows(make([9, 30, 4, 17] * 5), "all", context=8, tokens=150, batch=7)
+    other = windows.with_batch(3)
+    assert (windows.batch, other.batch) == (7, 3)
+    assert windows.fingerprint == other.fingerprint
+    for drawn in (windows, other):
+        assert [len(b.index) for b in drawn][:-1] == [drawn.batch] * (len(drawn) - 1)
+        index = np.concatenate([b.index for b in drawn])
+        assert list(index) == list(range(len(index)))
+    rows = [[(i, d, s, n) for b in w for i, d, s, n in zip(b.index, b.document, b.start, b.lengths, strict=True)]
+            for w in (windows, other)]  # fmt: skip
+    assert rows[0] == rows[1]
+    with pytest.raises(BadInputError, match="batch is 0"):
+        windows.with_batch(0)
+
+
 def test_a_text_without_held_out_documents_points_to_all():
     contents = next(
         c for c in ([[i, 1, 2]] for i in range(50)) if not TokenData.from_documents(c, name="t").held_out[0]
