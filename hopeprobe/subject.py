@@ -140,7 +140,11 @@ class Subject:
         raise self._missing("run")
 
     def training(self) -> Mapping[str, Any]:
-        """How it was trained, as far as known: optimiser, learning rates, data identity, loaded and expected keys."""
+        """How it was trained, as far as known: optimiser, learning rates, data identity, loaded and expected keys.
+
+        `init_digest`, any text that two runs share only if they began from the same weights, spares those who walk a
+        run the making of its initial weights for every checkpoint.
+        """
         raise self._missing("training record")
 
 

@@ -163,6 +163,7 @@ class HopeSubject(Subject):
             "steps": self.checkpoint.step,
             "keys": len(self.checkpoint.weights),
             "data": self.checkpoint.data,
+            "init_digest": self.checkpoint.init_digest,
         }
 
 
