@@ -31,7 +31,7 @@ from hopeprobe.nulls import (
 from hopeprobe.opening import Checkpoints, WindowMaker, as_list, check_no_hooks, labelled, open_checkpoint
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
-from hopeprobe.probes.passes import run_pass
+from hopeprobe.probes.measure import ESTIMATES, Told, measure, silent
 from hopeprobe.results import NullRow, ResultRow, Results
 from hopeprobe.stats import Evidence, Verdict, judge
 from hopeprobe.subject import MissingCapability, Subject
@@ -139,14 +139,21 @@ class _Run:
         """Fill `rows`, `null_rows` and `missing`."""
         initial = self._initial()
         fitting = [probe for probe in probes if self._applies(probe)]
-        findings: dict[str, list[Finding]] = {probe.name: [] for probe in fitting}
-        for condition in dict.fromkeys(c for probe in fitting for c in probe.conditions):
-            wanting = [probe for probe in fitting if condition in probe.conditions]
-            for name, found in self._of_tokens(wanting, condition, initial).items():
-                findings[name] += found
+        findings = self._of_tokens(fitting, initial)
         for probe in fitting:
+            found = findings[probe.name]
             try:
-                found = [*findings[probe.name], *map(Finding, probe.of_weights(self.subject, initial))]
+                more = probe.of_model(self.subject, initial, self.windows)
+                found += [one if isinstance(one, Finding) else Finding(one) for one in more]
+            except MissingCapability as error:
+                # Of a probe that measures something else too, this part is missing.
+                if found:
+                    self._miss(probe.name, "", str(error))
+                else:
+                    self._not_applicable(probe, "", str(error))
+            except MeasurementError as error:
+                self._miss(probe.name, "", str(error))
+            try:
                 self._judge(probe, probe.review(self.subject, found))
             except MeasurementError as error:
                 self._miss(probe.name, "", str(error))
@@ -181,11 +188,12 @@ class _Run:
     def _applies(self, probe: Probe) -> bool:
         try:
             reason = probe.applies(self.subject)
+            if reason is None:
+                probe.conditions(self.subject)
         except MissingCapability as error:
             reason = str(error)
         if reason is not None:
-            for condition in probe.conditions:
-                self._not_applicable(probe, condition, reason)
+            self._not_applicable(probe, "", reason)
         return reason is None
 
     def _not_applicable(self, probe: Probe, condition: str, reason: str) -> None:
@@ -195,41 +203,32 @@ class _Run:
             found = Measurement(Place(statistic), condition, "", nothing, override=verdict, note=reason)
             self._judge(probe, [Finding(found)])
 
-    def _of_tokens(
-        self, probes: Sequence[Probe], condition: str, initial: Subject | None
-    ) -> dict[str, list[Finding]]:
-        """Measure one condition, then its nulls; accumulators are let go before the next model is run."""
-        try:
-            measured = run_pass(
-                self.subject, self.windows, probes, condition, self._told(f"{self.label}, {condition}")
-            )
-        except MissingCapability as error:
-            for probe in probes:
-                self._not_applicable(probe, condition, str(error))
-            return {}
-        for name, reason in measured.failed.items():
-            self._miss(name, condition, reason)
-        found: dict[str, list[Measurement]] = {}
-        for name in list(measured.accumulators):
-            try:
-                found[name] = measured.accumulators.pop(name).measurements()
-            except MeasurementError as error:
-                self._miss(name, condition, str(error))
-        probes = [probe for probe in probes if probe.name in found]
+    def _of_tokens(self, probes: Sequence[Probe], initial: Subject | None) -> dict[str, list[Finding]]:
+        """Measure all conditions, then their nulls, one model after the other."""
+        measured = measure(self.subject, self.windows, probes, ESTIMATES, self._told(""))
+        for name, reasons in measured.failed.items():
+            for condition, reason in reasons.items():
+                self._miss(name, condition, reason)
+        for probe in probes:
+            for condition, reason in measured.lacking.get(probe.name, {}).items():
+                self._not_applicable(probe, condition, reason)
+        found = {name: list(rows.values()) for name, rows in measured.found.items() if rows}
+        seen = [probe for probe in probes if probe.name in found]
         own = Nulls()
         if initial is None:
-            own.failed = dict.fromkeys(found, self.own_init)
-        elif probes:
-            told = self._told(f"{self.label}, own-init, {condition}")
-            own = own_init_estimates(initial, self.windows, probes, condition, self.cache, told)
-        prefix, fresh = self._fresh(probes, condition, found)
+            own.failed = {name: {"": self.own_init} for name in found}
+        elif seen:
+            own = own_init_estimates(initial, self.windows, seen, self.cache, self._told("own-init, "))
+        prefix, fresh = self._fresh(seen, found)
         beside = Beside(
             self.subject, self.windows, initial is not None, own, self.fresh, self.fresh_tokens, prefix, fresh
         )
-        return {probe.name: [beside.finding(probe, row) for row in found[probe.name]] for probe in probes}
+        return {
+            probe.name: [beside.finding(probe, row) for row in found.get(probe.name, ())] for probe in probes
+        }
 
     def _fresh(
-        self, probes: Sequence[Probe], condition: str, found: Mapping[str, Sequence[Measurement]]
+        self, probes: Sequence[Probe], found: Mapping[str, Sequence[Measurement]]
     ) -> tuple[Nulls, list[Nulls]]:
         """Evaluate the checkpoint and the fresh re-initialisations on the same few tokens."""
         prefix = Nulls()
@@ -237,19 +236,17 @@ class _Run:
             return prefix, []
         windows = self.windows
         if windows.n_tokens <= self.fresh_tokens:
-            prefix.values = {name: {row.place: row.estimate.plug_in for row in found[name]} for name in found}
+            prefix.values = {name: {row.key: row.estimate.plug_in for row in found[name]} for name in found}
         else:
             windows = windows.take(self.fresh_tokens)
-            prefix = plain_values(self.subject, windows, probes, condition)
+            prefix = plain_values(self.subject, windows, probes)
         fresh = []
         for i, seed in enumerate(fresh_seeds(self.fresh, self.subject.seed)):
-            told = self._told(f"{self.label}, fresh-init {i + 1}/{self.fresh}, {condition}")
+            told = self._told(f"fresh-init {i + 1}/{self.fresh}, ")
             try:
-                fresh.append(
-                    fresh_init_values(self.subject, seed, windows, probes, condition, self.cache, told)
-                )
+                fresh.append(fresh_init_values(self.subject, seed, windows, probes, self.cache, told))
             except MissingCapability as error:
-                prefix.failed |= {probe.name: str(error) for probe in probes}
+                prefix.failed |= {probe.name: {"": str(error)} for probe in probes}
                 return prefix, []
         return prefix, fresh
 
@@ -309,9 +306,16 @@ class _Run:
     def _miss(self, name: str, condition: str, reason: str) -> None:
         self.missing.append(f"{self.label}: {name}{f' ({condition})' if condition else ''}: {reason}")
 
-    def _told(self, what: str) -> Callable[[int, int], None] | None:
+    def _told(self, null: str) -> Told:
         progress = self.progress
-        return None if progress is None else lambda done, total: progress(what, done, total)
+        if progress is None:
+            return silent
+
+        def told(condition: str) -> Callable[[int, int], None]:
+            what = f"{self.label}, {null}{condition}"
+            return lambda done, total: progress(what, done, total)
+
+        return told
 
 
 def _probes(names: str | Sequence[str | Probe]) -> list[Probe]:

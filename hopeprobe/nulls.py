@@ -22,14 +22,14 @@ import warnings
 from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
 from hopeprobe.errors import MeasurementError
 from hopeprobe.probes.base import Finding, NullValue, Place, Probe
-from hopeprobe.probes.passes import run_pass
+from hopeprobe.probes.measure import ESTIMATES, VALUES, Rows, measure, silent
 from hopeprobe.results import SCHEMA_VERSION
 from hopeprobe.stats import Estimate, FreshInit, Verdict, paired_difference
 from hopeprobe.subject import MissingCapability, Subject
@@ -38,11 +38,9 @@ from hopeprobe.tokens.cache import default_cache_dir
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hopeprobe.probes.base import Accumulator, Measurement
+    from hopeprobe.probes.base import Measurement, RowKey
+    from hopeprobe.probes.measure import Told
     from hopeprobe.tokens import EvalWindows
-
-OnBatch: TypeAlias = "Callable[[int, int], None]"
-"""Called with the batches done and in all."""
 
 FRESH_TOKENS = 4096
 """Most tokens that a fresh re-initialisation is measured on, unless asked otherwise."""
@@ -104,15 +102,20 @@ class NullCache:
 
 @dataclass
 class Nulls:
-    """Per probe, a number or an estimate for each place; a reason for each probe that could not be measured."""
+    """Per probe, a number or an estimate for each row; reasons, by condition, for what could not be measured."""
 
-    values: dict[str, dict[Place, Any]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
+    values: dict[str, dict[RowKey, Any]] = field(default_factory=dict)
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def why(self, probe: str, condition: str) -> str | None:
+        """Why a row is not there: the reason for its condition, else for any other of its probe."""
+        reasons = self.failed.get(probe, {})
+        return reasons.get(condition, next(iter(reasons.values()), None))
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Everything that the measurements of one pass are set beside.
+    """Everything that the measurements of one checkpoint are set beside.
 
     has_own_init: whether the run's own initial model is known; own: its estimates, or why there are none.
     asked: how many fresh re-initialisations were asked for, on fresh_tokens at most; prefix: the checkpoint
@@ -133,7 +136,7 @@ class Beside:
         notes: list[str] = []
         nulls: list[NullValue] = []
         difference, comparable = self._own(probe.name, row, notes, nulls)
-        fresh = self._fresh(probe.name, row.place, notes, nulls)
+        fresh = self._fresh(probe.name, row.key, notes, nulls)
         nulls += [*row.nulls, *probe.reference_nulls(row.place, self.subject, self.windows)]
         notes += [null.note for null in nulls if null.note]
         # A null that failed has rejected nothing: the other must not decide alone. (NaN is n/a all the same.)
@@ -144,9 +147,9 @@ class Beside:
     def _own(
         self, name: str, row: Measurement, notes: list[str], nulls: list[NullValue]
     ) -> tuple[Estimate | None, bool]:
-        start = self.own.values.get(name, {}).get(row.place)
+        start = self.own.values.get(name, {}).get(row.key)
         if start is None:
-            reason = self.own.failed.get(name, "it has no such row")
+            reason = self.own.why(name, row.condition) or "it has no such row"
             notes.append(f"own-init {f'not measured: {reason}' if self.has_own_init else reason}")
             return None, not self.has_own_init
         nulls.append(NullValue("own-init", start.value, start.ci_low, start.ci_high, start.n))
@@ -156,13 +159,13 @@ class Beside:
             notes.append(f"not comparable with own-init: {error}")
             return None, False
 
-    def _fresh(self, name: str, place: Place, notes: list[str], nulls: list[NullValue]) -> FreshInit | None:
+    def _fresh(self, name: str, row: RowKey, notes: list[str], nulls: list[NullValue]) -> FreshInit | None:
         if not self.asked:
             return None
-        values = [one.values.get(name, {}).get(place, math.nan) for one in self.fresh]
-        here = self.prefix.values.get(name, {}).get(place, math.nan)
+        values = [one.values.get(name, {}).get(row, math.nan) for one in self.fresh]
+        here = self.prefix.values.get(name, {}).get(row, math.nan)
         if not (values and all(map(math.isfinite, (*values, here)))):
-            reasons = [one.failed.get(name) for one in (self.prefix, *self.fresh)]
+            reasons = [one.why(name, row[0]) for one in (self.prefix, *self.fresh)]
             reason = next(filter(None, reasons), "the statistic is not defined on every re-initialisation")
             notes.append(f"fresh-init not measured: {reason}")
             return None
@@ -183,9 +186,8 @@ def own_init_estimates(
     initial: Subject,
     windows: EvalWindows,
     probes: Sequence[Probe],
-    condition: str,
     cache: NullCache,
-    on_batch: OnBatch | None = None,
+    told: Told = silent,
 ) -> Nulls:
     """Estimate every row on the run's own initial model; taken from the cache where it has them.
 
@@ -195,8 +197,7 @@ def own_init_estimates(
         origin = {"weights": weights_digest(initial)}
     except MissingCapability:
         origin = {}
-    where = _Where(windows, condition, cache, on_batch)
-    return _measure(lambda: initial, initial, origin, probes, where, _estimates)
+    return _measure(lambda: initial, initial, origin, probes, _Where(windows, cache, told), _estimates)
 
 
 def fresh_init_values(
@@ -204,19 +205,20 @@ def fresh_init_values(
     seed: int,
     windows: EvalWindows,
     probes: Sequence[Probe],
-    condition: str,
     cache: NullCache,
-    on_batch: OnBatch | None = None,
+    told: Told = silent,
 ) -> Nulls:
-    """Evaluate every row on one fresh re-initialisation; taken from the cache where it has them."""
-    where = _Where(windows, condition, cache, on_batch)
-    return _measure(lambda: subject.reinitialised(seed), subject, {"seed": seed}, probes, where, _plug_ins)
+    """Evaluate every row on one fresh re-initialisation; taken from the cache where it has them.
+
+    Raises MissingCapability for a model that cannot be initialised again.
+    """
+    where = _Where(windows, cache, told)
+    return _measure(lambda: subject.reinitialised(seed), subject, {"seed": seed}, probes, where, _values)
 
 
-def plain_values(subject: Subject, windows: EvalWindows, probes: Sequence[Probe], condition: str) -> Nulls:
+def plain_values(subject: Subject, windows: EvalWindows, probes: Sequence[Probe]) -> Nulls:
     """Evaluate every row on the checkpoint itself, to compare with fresh re-initialisations."""
-    where = _Where(windows, condition, NullCache(None), None)
-    return _measure(lambda: subject, subject, {}, probes, where, _plug_ins)
+    return _measure(lambda: subject, subject, {}, probes, _Where(windows, NullCache(None), silent), _values)
 
 
 def weights_digest(subject: Subject) -> str:
@@ -236,9 +238,8 @@ def weights_digest(subject: Subject) -> str:
 
 class _Where(NamedTuple):
     windows: EvalWindows
-    condition: str
     cache: NullCache
-    on_batch: OnBatch | None
+    told: Told
 
 
 def _measure(
@@ -247,7 +248,7 @@ def _measure(
     origin: Mapping[str, Any],
     probes: Sequence[Probe],
     where: _Where,
-    read: Callable[[Accumulator], dict[Place, Any]],
+    read: Callable[[Subject, Sequence[Probe], _Where], Rows[Any]],
 ) -> Nulls:
     """Look each probe up, and run `make()` once for those that are not in the cache."""
     nulls = Nulls()
@@ -260,18 +261,21 @@ def _measure(
         else:
             nulls.values[probe.name] = kept
     if todo:
-        missing = [probe for probe in probes if probe.name in todo]
-        measured = run_pass(make(), where.windows, missing, where.condition, where.on_batch)
-        nulls.failed = measured.failed
-        for name in list(measured.accumulators):
-            try:
-                nulls.values[name] = read(measured.accumulators.pop(name))
-            except MeasurementError as error:
-                nulls.failed[name] = str(error)
-                continue
-            if todo[name]:
-                where.cache.save(todo[name], _encode(nulls.values[name]))
+        rows = read(make(), [probe for probe in probes if probe.name in todo], where)
+        for name, key in todo.items():
+            nulls.values[name] = rows.found.get(name, {})
+            nulls.failed[name] = {**rows.lacking.get(name, {}), **rows.failed.get(name, {})}
+            if key and not nulls.failed[name]:
+                where.cache.save(key, _encode(nulls.values[name]))
     return nulls
+
+
+def _estimates(model: Subject, probes: Sequence[Probe], where: _Where) -> Rows[Estimate]:
+    return measure(model, where.windows, probes, ESTIMATES, where.told).of(lambda row: row.estimate)
+
+
+def _values(model: Subject, probes: Sequence[Probe], where: _Where) -> Rows[float]:
+    return measure(model, where.windows, probes, VALUES, where.told)
 
 
 def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Where) -> dict[str, Any]:
@@ -300,7 +304,7 @@ def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Wher
         "probe_version": probe.version,
         "probe_source": _source_of(type(probe)),
         "code": code,
-        "condition": where.condition,
+        "conditions": [[one.name, one.batch] for one in probe.conditions(subject)],
     }
 
 
@@ -345,16 +349,8 @@ def _source_of(probe: type[Probe]) -> str:
         return f"version {probe.version}"
 
 
-def _estimates(accumulator: Accumulator) -> dict[Place, Any]:
-    return {row.place: row.estimate for row in accumulator.measurements()}
-
-
-def _plug_ins(accumulator: Accumulator) -> dict[Place, Any]:
-    return dict(accumulator.plug_ins())
-
-
-def _encode(values: Mapping[Place, float | Estimate]) -> list[Any]:
-    return [[list(place), _plain(value)] for place, value in values.items()]
+def _encode(values: Mapping[RowKey, float | Estimate]) -> list[Any]:
+    return [[condition, list(place), _plain(value)] for (condition, place), value in values.items()]
 
 
 def _plain(value: float | Estimate) -> Any:
@@ -364,10 +360,10 @@ def _plain(value: float | Estimate) -> Any:
     return {**{f.name: getattr(value, f.name) for f in fields(Estimate)}, **arrays}
 
 
-def _decode(payload: Any) -> dict[Place, Any] | None:
+def _decode(payload: Any) -> dict[RowKey, Any] | None:
     if payload is None:
         return None
-    return {Place(*place): _restored(value) for place, value in payload}
+    return {(condition, Place(*place)): _restored(value) for condition, place, value in payload}
 
 
 def _restored(value: Any) -> float | Estimate:

@@ -1,7 +1,9 @@
 """Probes: one question about a model each, one file each.
 
 base            the interface: `Probe`, `Accumulator`, `Quantity`, `Measurement`
-passes          one pass over the data that feeds all probes
+readings        what a probe reads of one batch: hook points, whole or reduced
+passes          one pass over the data, under one condition, that feeds all probes
+measure         all conditions of one model, then what compares them
 integrity       are these the trained weights?
 cms_similarity  do levels repeat each other?
 """

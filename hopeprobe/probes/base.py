@@ -13,10 +13,12 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
+from hopeprobe.conditions import LIVE
+from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import GROUPS, Estimate, FreshInit, GroupedMoments, Moments, Verdict, jackknife
 from hopeprobe.stats.jackknife import UNBOUNDED
 
@@ -25,12 +27,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from hopeprobe.conditions import Condition
     from hopeprobe.stats.arrays import FloatArray
     from hopeprobe.subject import Subject
     from hopeprobe.tokens import EvalBatch, EvalWindows
 
-CONDITIONS = ("live", "frozen")
-"""Passes that a probe may ask for: writes as they are, or every write gate closed."""
+    from .readings import Readings
 
 
 class Place(NamedTuple):
@@ -40,6 +42,10 @@ class Place(NamedTuple):
     layer: int | None = None
     component: str = ""
     position: str = ""
+
+
+RowKey: TypeAlias = tuple[str, Place]
+"""A row of one probe and checkpoint: its condition, and its place."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Quantity:
         smallest_effect: the smallest difference to a null that is of interest, in `unit`; one for all rows
             of a statistic.
         null_kind: not empty when this is itself a null ("shuffled") of the quantity at the same place.
+        condition: of the row; empty for the condition that its accumulator was filled under. A contrast says
+            what it compares, "live - frozen".
 
     """
 
@@ -80,6 +88,7 @@ class Quantity:
     bounds: tuple[float, float] = UNBOUNDED
     smallest_effect: float = 0.0
     null_kind: str = ""
+    condition: str = ""
 
     def estimate(self) -> Estimate:
         """Value and interval; 65 evaluations of the function. Errors as `hopeprobe.stats.jackknife`."""
@@ -108,6 +117,11 @@ class Measurement:
     note: str = ""
     nulls: tuple[NullValue, ...] = ()
 
+    @property
+    def key(self) -> RowKey:
+        """What tells this row from the probe's others."""
+        return self.condition, self.place
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -130,6 +144,57 @@ def value_without_tokens(value: float) -> Estimate:
     return Estimate(value, nan, nan, nan, nan, 0, 0, value, zeros, zeros)
 
 
+def measured(
+    quantities: Sequence[Quantity],
+    condition: str = "",
+    remarks: Mapping[Place, tuple[Verdict | None, str]] | None = None,
+) -> list[Measurement]:
+    """Every row with its interval; those with a `null_kind` become nulls of the row at the same place."""
+    nulls: dict[RowKey, list[NullValue]] = {}
+    for quantity in quantities:
+        if quantity.null_kind:
+            found = quantity.estimate()
+            null = NullValue(quantity.null_kind, found.value, found.ci_low, found.ci_high, found.n)
+            nulls.setdefault((quantity.condition or condition, quantity.place), []).append(null)
+    rows = []
+    for quantity in quantities:
+        if quantity.null_kind:
+            continue
+        where = quantity.condition or condition
+        verdict, note = (remarks or {}).get(quantity.place, (None, ""))
+        rows.append(
+            Measurement(
+                quantity.place,
+                where,
+                quantity.unit,
+                quantity.estimate(),
+                quantity.smallest_effect,
+                verdict,
+                note,
+                tuple(nulls.get((where, quantity.place), ())),
+            )
+        )
+    return rows
+
+
+def plug_ins(quantities: Sequence[Quantity], condition: str = "") -> dict[RowKey, float]:
+    """Every row's value on all tokens, without an interval: what a fresh re-initialisation is asked for."""
+    return {(q.condition or condition, q.place): q.plug_in() for q in quantities if not q.null_kind}
+
+
+def check_paired(quantity: Quantity) -> Quantity:
+    """Refuse a contrast whose sources do not hold the same tokens in the same groups (MeasurementError)."""
+    first, *others = quantity.sources()
+    for other in others:
+        if not np.array_equal(first.n, other.n):
+            raise MeasurementError(
+                f"{quantity.place.statistic} ({quantity.condition}) compares conditions that did not score the "
+                f"same tokens: {int(first.n.sum())} and {int(other.n.sum())}"
+                + (", in other groups" if first.n.sum() == other.n.sum() else "")
+            )
+    return quantity
+
+
 class Accumulator(ABC):
     """Moments of one probe in one pass. Subclasses fill `moments` in `update` and list `quantities`."""
 
@@ -138,11 +203,12 @@ class Accumulator(ABC):
         self.moments: dict[str, GroupedMoments] = {}
 
     @abstractmethod
-    def update(self, cache: Mapping[str, Tensor], losses: Tensor, scored: Tensor, batch: EvalBatch) -> None:
+    def update(self, cache: Readings, losses: Tensor, scored: Tensor, batch: EvalBatch) -> None:
         """Add one batch.
 
-        cache: the probe's hook points, each [R, T, ...]. losses: [R, T] nats. scored: bool [R, T], the tokens
-        that count. Raises MeasurementError for a value that is not finite.
+        cache: a mapping from the probe's hook points to tensors, [R, T, ...] each; those of `Probe.reducers`
+        [R, firings, k], with `cache.positions` beside them. losses: [R, T] nats. scored: bool [R, T], the
+        tokens that count. Raises MeasurementError for a value that is not finite.
         """
 
     @abstractmethod
@@ -161,33 +227,13 @@ class Accumulator(ABC):
             else:
                 self.moments[name] = copy.deepcopy(theirs)
 
-    def plug_ins(self) -> dict[Place, float]:
-        """Every row's value on all tokens, without an interval: what a fresh re-initialisation is asked for."""
-        return {q.place: q.plug_in() for q in self.quantities() if not q.null_kind}
+    def plug_ins(self) -> dict[RowKey, float]:
+        """Every row's value, as `plug_ins` above."""
+        return plug_ins(self.quantities(), self.condition)
 
     def measurements(self) -> list[Measurement]:
         """Every row with its interval and the nulls of the same pass."""
-        quantities, remarks = self.quantities(), self.remarks()
-        nulls: dict[Place, list[NullValue]] = {}
-        for quantity in quantities:
-            if quantity.null_kind:
-                found = quantity.estimate()
-                null = NullValue(quantity.null_kind, found.value, found.ci_low, found.ci_high, found.n)
-                nulls.setdefault(quantity.place, []).append(null)
-        return [
-            Measurement(
-                place=quantity.place,
-                condition=self.condition,
-                unit=quantity.unit,
-                estimate=quantity.estimate(),
-                smallest_effect=quantity.smallest_effect,
-                override=remarks.get(quantity.place, (None, ""))[0],
-                note=remarks.get(quantity.place, (None, ""))[1],
-                nulls=tuple(nulls.get(quantity.place, ())),
-            )
-            for quantity in quantities
-            if not quantity.null_kind
-        ]
+        return measured(self.quantities(), self.condition, self.remarks())
 
 
 class Probe(ABC):
@@ -198,8 +244,7 @@ class Probe(ABC):
         question: what it answers, one line.
         version: part of the key under which nulls are cached, beside the code that Python can find; raise it
             when the numbers change for another reason.
-        statistics: names of what it measures on tokens.
-        conditions: passes it needs, of `CONDITIONS`.
+        statistics: names of what it measures; each is one row, `n/a`, where the model has nothing of it.
 
     """
 
@@ -207,7 +252,6 @@ class Probe(ABC):
     question: ClassVar[str]
     version: ClassVar[int] = 1
     statistics: ClassVar[tuple[str, ...]]
-    conditions: ClassVar[tuple[str, ...]] = ("live",)
 
     def describe(self) -> str:
         """Definition, range, nulls, cost and source: the docstring of the probe's file."""
@@ -217,32 +261,58 @@ class Probe(ABC):
     def applies(self, subject: Subject) -> str | None:
         """None, or the reason why this model has nothing of what is asked: the rows are then `n/a`."""
 
-    @abstractmethod
-    def hooks(self, subject: Subject) -> list[str]:
-        """Names of the hook points that `Accumulator.update` reads."""
+    def conditions(self, subject: Subject) -> Sequence[Condition]:  # noqa: ARG002 - for those that override it
+        """Passes that it needs, of a model to which it applies; none for a probe of weights alone."""
+        return (LIVE,)
 
-    @abstractmethod
-    def accumulator(self, subject: Subject, condition: str) -> Accumulator:
-        """Make an empty accumulator for one pass."""
+    def hooks(self, subject: Subject) -> Sequence[str]:  # noqa: ARG002
+        """Names of the hook points that `Accumulator.update` reads, whole."""
+        return ()
 
-    def of_weights(
-        self,
-        subject: Subject,  # noqa: ARG002 - for those that override it
-        initial: Subject | None,  # noqa: ARG002
-    ) -> list[Measurement]:
-        """Rows that need no tokens; `initial` is the run's own initial model, None where it is not to be had.
+    def reducers(self, subject: Subject) -> Mapping[str, Callable[[Tensor], Tensor]]:  # noqa: ARG002
+        """Hook points too large to keep, and a function applied at each firing: [R, ...] to floats [R, k]."""
+        return {}
 
-        Each needs an override, as the rule decides nothing without an interval.
+    def positions(self, subject: Subject, windows: EvalWindows) -> Sequence[int] | None:  # noqa: ARG002
+        """Tokens read after which reducers are applied, None for at every firing.
+
+        Multiples of the least common multiple of the write periods, so that everything has just been written.
         """
-        return []
+        return None
+
+    def accumulator(self, subject: Subject, condition: str, windows: EvalWindows) -> Accumulator:
+        """Make an empty accumulator for one pass over `windows`; `condition` is the condition's name."""
+        raise NotImplementedError(f"{self.name} asks for passes and does not say what to accumulate")
+
+    def contrasts(self, accumulators: Mapping[str, Accumulator]) -> Sequence[Quantity]:  # noqa: ARG002
+        """Rows made from several conditions of one model, given an accumulator for each by its name.
+
+        A quantity over accumulators of several conditions has a paired interval; these must hold the same
+        tokens in the same groups.
+        """
+        return ()
+
+    def of_model(
+        self,
+        subject: Subject,  # noqa: ARG002
+        initial: Subject | None,  # noqa: ARG002
+        windows: EvalWindows,  # noqa: ARG002
+    ) -> Sequence[Measurement | Finding]:
+        """Rows that no pass gives: of weights, gradients, other checkpoints of the run.
+
+        `initial` is the run's own initial model, None where it is not to be had. A measurement has no nulls but
+        those that it brings; a finding brings its own differences. Either is reviewed and judged like every
+        other row, and needs an override where the rule cannot decide.
+        """
+        return ()
 
     def reference_nulls(
         self,
-        place: Place,  # noqa: ARG002 - for those that override it
+        place: Place,  # noqa: ARG002
         subject: Subject,  # noqa: ARG002
         windows: EvalWindows,  # noqa: ARG002
-    ) -> tuple[NullValue, ...]:
-        """Nulls in closed form, or from the data alone."""
+    ) -> Sequence[NullValue]:
+        """Nulls of a row in closed form, or from the data alone."""
         return ()
 
     def review(self, subject: Subject, findings: Sequence[Finding]) -> Sequence[Finding]:  # noqa: ARG002

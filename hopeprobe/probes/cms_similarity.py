@@ -123,7 +123,7 @@ class CMSSimilarity(Probe):
             _hook(layer, level, kind) for layer, names in levels.items() for level in names for kind in KINDS
         ]
 
-    def accumulator(self, subject: Subject, condition: str) -> Accumulator:
+    def accumulator(self, subject: Subject, condition: str, windows: EvalWindows) -> Accumulator:  # noqa: ARG002
         """Make an empty accumulator for the levels that this model has."""
         return LevelSimilarity(condition, levels_of(subject.module.hook_dict))
 

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from hopeprobe.conditions import FROZEN
 from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import GroupedMean, Verdict, mean_of
 from hopeprobe.subject import MissingCapability
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from hopeprobe.conditions import Condition
     from hopeprobe.subject import Subject
     from hopeprobe.tokens import EvalBatch, EvalWindows
 
@@ -114,17 +116,16 @@ class Integrity(Probe):
     name: ClassVar[str] = "integrity"
     question: ClassVar[str] = "Are these the trained weights?"
     statistics: ClassVar[tuple[str, ...]] = ("frozen_loss",)
-    conditions: ClassVar[tuple[str, ...]] = ("frozen",)
 
     def applies(self, subject: Subject) -> str | None:  # noqa: ARG002
         """None: the question makes sense for every model."""
         return None
 
-    def hooks(self, subject: Subject) -> list[str]:  # noqa: ARG002
-        """None: losses are enough."""
-        return []
+    def conditions(self, subject: Subject) -> Sequence[Condition]:  # noqa: ARG002
+        """Frozen alone: what the slow weights know."""
+        return (FROZEN,)
 
-    def accumulator(self, subject: Subject, condition: str) -> Accumulator:  # noqa: ARG002
+    def accumulator(self, subject: Subject, condition: str, windows: EvalWindows) -> Accumulator:  # noqa: ARG002
         """Make an empty accumulator of the loss."""
         return MeanLoss(condition)
 
@@ -151,7 +152,12 @@ class Integrity(Probe):
             nulls.append(NullValue("unigram", unigram.loss(targets), n=len(targets), note=note))
         return tuple(nulls)
 
-    def of_weights(self, subject: Subject, initial: Subject | None) -> list[Measurement]:
+    def of_model(
+        self,
+        subject: Subject,
+        initial: Subject | None,
+        windows: EvalWindows,  # noqa: ARG002
+    ) -> list[Measurement]:
         """Distances by parameter group, and the count of keys."""
         return [*_distances(subject, initial), _keys_loaded(subject)]
 

@@ -1,28 +1,33 @@
-"""One pass over the data that feeds all probes at once.
+"""One pass over the data, under one condition, that feeds all probes at once.
 
 Hook points are cached a batch at a time and let go once every probe has read them: memory is that of one
 batch, whatever the number of tokens. A probe that cannot be measured falls out alone, with the reason; the
-others go on.
+others go on. A condition whose hooks did not fire was not in force, and takes all its probes along.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hopeprobe.errors import HopeprobeError, MeasurementError
+import numpy as np
+
+from hopeprobe.conditions import as_tensors
+from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
 from hopeprobe.hooks import ActivationCache, resolve
 from hopeprobe.subject import MissingCapability
+
+from .readings import Readings, Reducing, check_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import Tensor
-
+    from hopeprobe.conditions import Condition
     from hopeprobe.probes.base import Accumulator, Probe
-    from hopeprobe.subject import Subject
+    from hopeprobe.subject import Subject, WindowLosses
     from hopeprobe.tokens import EvalBatch, EvalWindows
 
 
@@ -33,92 +38,151 @@ class Pass:
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
+    def drop(self, name: str, reason: str) -> None:
+        """Take a probe out."""
+        self.accumulators.pop(name, None)
+        self.failed[name] = reason
+
+    def drop_all(self, reason: str) -> None:
+        """Take every probe out that is still there."""
+        for name in list(self.accumulators):
+            self.drop(name, reason)
+
+
+@dataclass
+class _Reader:
+    """One probe in the pass: the hook points it reads whole, and those it reads reduced."""
+
+    cached: list[str]
+    reduced: list[str]
+    reducing: Reducing | None
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.cached, *self.reduced]
+
 
 def run_pass(
     subject: Subject,
     windows: EvalWindows,
     probes: Sequence[Probe],
-    condition: str,
+    condition: Condition,
+    prepared: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Pass:
-    """Run the model over `windows` once and feed every probe.
+    """Run the model over `windows` once, under a condition, and feed every probe.
 
-    condition: "live", or "frozen" for all write gates closed. on_batch: called with the batches done and in
-    all. Raises MissingCapability when the model cannot be run so at all (no write gates to close).
+    prepared: what `condition.prepare` gave. on_batch: called with the batches done and in all. Raises
+    MissingCapability when the model cannot be run so at all (no write gates to close).
     """
-    import torch
-
-    freeze = list(subject.freeze_hooks()) if condition == "frozen" else []
-    result, names = Pass(), dict[str, list[str]]()
+    result, readers = Pass(), dict[str, _Reader]()
+    windows = condition.windows(windows)
     points = subject.module.hook_dict
     for probe in probes:
         try:
-            names[probe.name] = resolve(points, hooks) if (hooks := probe.hooks(subject)) else []
-            result.accumulators[probe.name] = probe.accumulator(subject, condition)
+            readers[probe.name] = _reader(probe, subject, windows)
+            result.accumulators[probe.name] = probe.accumulator(subject, condition.name, windows)
         except HopeprobeError as error:
-            _drop(result, probe.name, str(error))
-    closed: Counter[str] = Counter()
-    fired: set[str] = set()
-    could_write = False
+            result.drop(probe.name, str(error))
+    fired: set[tuple[str, str]] = set()
+    in_force: Counter[str] = Counter()
     for done, batch in enumerate(windows):
         if not result.accumulators:
             break
-        wanted = sorted({name for probe in result.accumulators for name in names[probe]})
+        reading = {name: readers[name] for name in result.accumulators}
+        wanted = sorted({hook for reader in reading.values() for hook in reader.cached})
         # Whether a point fired is checked for each probe below: one that did not must not take others along.
         try:
             with ExitStack() as stack:
-                handle = stack.enter_context(subject.module.hooks(freeze, allow_unfired=True))
-                cache = (
-                    stack.enter_context(subject.module.caching(wanted, allow_unfired=True))
-                    if wanted
-                    else ActivationCache(())
-                )
-                out = subject.run(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
+                hooks = condition.hooks(subject, prepared, batch) if condition.hooks else ()
+                handle = stack.enter_context(subject.module.hooks(hooks, allow_unfired=True))
+                cache: ActivationCache = ActivationCache(())
+                if wanted:
+                    cache = stack.enter_context(subject.module.caching(wanted, allow_unfired=True))
+                for reader in reading.values():
+                    if reader.reducing is not None:
+                        stack.enter_context(reader.reducing.watching())
+                out = _scored(subject, condition, prepared, batch)
+            in_force.update(handle.fired)
+            _check_fired(subject, condition, handle.fired, batch)
         except MissingCapability:
             raise
-        except MeasurementError as error:
-            for name in list(result.accumulators):
-                _drop(result, name, str(error))
+        except HopeprobeError as error:
+            result.drop_all(str(error))
             break
-        closed.update(handle.fired)
-        could_write |= batch.tokens.shape[1] > subject.tick
-        fired |= set(cache)
-        for name in list(result.accumulators):
-            silent = [n for n in names[name] if n not in cache and points[n].spec.cadence == "tick"]
-            _feed(result, name, silent, cache, (out.losses, out.scored), batch)
+        for name, reader in reading.items():
+            try:
+                seen = _seen(subject, reader, cache, batch)
+                fired |= {(name, hook) for hook in reader.names if hook in seen}
+                result.accumulators[name].update(seen, out.losses, out.scored, batch)
+            except MeasurementError as error:
+                result.drop(name, str(error))
         if on_batch is not None:
             on_batch(done + 1, len(windows))
     for name in list(result.accumulators):
-        silent = [n for n in names[name] if n not in fired]
-        if silent:
-            _drop(result, name, _never_fired(silent))
-    unclosed = [name for name, count in closed.items() if not count]
-    if unclosed and could_write:
-        for name in list(result.accumulators):
-            _drop(result, name, f"the model was not frozen: {_never_fired(unclosed)}")
+        if silent := [n for n in readers[name].names if (name, n) not in fired]:
+            result.drop(name, _never_fired(silent))
+    if unfired := [
+        name for name, count in in_force.items() if not count and points[name].spec.cadence == "write"
+    ]:
+        result.drop_all(_not_in_force(condition, unfired))
     return result
 
 
-def _feed(
-    result: Pass,
-    name: str,
-    silent: Sequence[str],
-    cache: Mapping[str, Tensor],
-    scores: tuple[Tensor, Tensor],
-    batch: EvalBatch,
-) -> None:
+def _reader(probe: Probe, subject: Subject, windows: EvalWindows) -> _Reader:
+    points, whole, reducers = subject.module.hook_dict, list(probe.hooks(subject)), probe.reducers(subject)
+    cached = resolve(points, whole) if whole else []
+    if not reducers:
+        return _Reader(cached, [], None)
+    reduced = {name: reducer for selector, reducer in reducers.items() for name in resolve(points, selector)}
+    if both := sorted(set(cached) & set(reduced)):
+        raise BadInputError(f"{probe.name} reads {', '.join(both)} both whole and reduced")
+    wanted = check_positions(subject, probe.positions(subject, windows))
+    return _Reader(cached, list(reduced), Reducing(subject, reduced, wanted))
+
+
+def _seen(subject: Subject, reader: _Reader, cache: ActivationCache, batch: EvalBatch) -> Readings:
+    """What a probe reads of one batch. Raises MeasurementError for points that every tick passes and did not fire."""
+    seen = reader.reducing.readings(batch, cache) if reader.reducing else Readings(cache, {})
+    points = subject.module.hook_dict
+    # A reducer may have had no position in this batch.
+    ticking = [name for name in reader.cached if points[name].spec.cadence == "tick"]
+    if silent := [name for name in ticking if name not in seen]:
+        raise MeasurementError(_never_fired(silent))
+    return seen
+
+
+def _scored(subject: Subject, condition: Condition, prepared: Any, batch: EvalBatch) -> WindowLosses:
+    """Run one batch. Raises MeasurementError for losses of another shape, or of padding."""
+    out = condition.run(subject, prepared, batch) if condition.run else subject.run(*as_tensors(batch))
+    shape = (len(batch.lengths), batch.tokens.shape[1] - 1)
+    if tuple(out.losses.shape) != shape or tuple(out.scored.shape) != shape:
+        raise MeasurementError(
+            f"{condition.name}: losses {list(out.losses.shape)} and scored {list(out.scored.shape)} of a batch "
+            f"of {list(shape)}"
+        )
+    if (out.scored.cpu().numpy() & (np.arange(shape[1]) >= batch.lengths[:, None])).any():
+        raise MeasurementError(f"{condition.name}: tokens behind a window's end were scored")
+    return out
+
+
+def _check_fired(subject: Subject, condition: Condition, fired: Mapping[str, int], batch: EvalBatch) -> None:
+    """Raise MeasurementError where a hook of the condition did not fire in this batch.
+
+    Writes may rest for a batch, and gates may where the batch is too short for any write.
+    """
+    points = subject.module.hook_dict
+    silent = [name for name, count in fired.items() if not count and points[name].spec.cadence == "tick"]
+    if silent and batch.tokens.shape[1] - 1 < subject.tick:
+        with contextlib.suppress(MissingCapability):
+            gates = resolve(points, [selector for selector, _ in subject.freeze_hooks()])
+            silent = [name for name in silent if name not in gates]
     if silent:
-        _drop(result, name, _never_fired(silent))
-        return
-    try:
-        result.accumulators[name].update(cache, *scores, batch)
-    except MeasurementError as error:
-        _drop(result, name, str(error))
+        raise MeasurementError(_not_in_force(condition, silent))
 
 
-def _drop(result: Pass, name: str, reason: str) -> None:
-    result.accumulators.pop(name, None)
-    result.failed[name] = reason
+def _not_in_force(condition: Condition, names: Sequence[str]) -> str:
+    return f"the model was not {condition.name}: {_never_fired(names)}"
 
 
 def _never_fired(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ import pytest
 import hopeprobe
 from hopeprobe import opening
 from hopeprobe.analysis import analyze, missing_from
+from hopeprobe.conditions import LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.nulls import fresh_seeds
@@ -105,10 +106,12 @@ def test_a_statistic_that_overflows_is_missing_and_the_rest_is_there(toy_run, se
 
     class Overflowing(Integrity):
         name = "overflowing"
-        conditions = ("live",)
 
-        def accumulator(self, subject, condition):
-            made = super().accumulator(subject, condition)
+        def conditions(self, subject):
+            return (LIVE,)
+
+        def accumulator(self, subject, condition, windows):
+            made = super().accumulator(subject, condition, windows)
             row = Quantity(Place("infinite"), "1", infinite, lambda: (made.moments["loss"],))
             made.quantities = lambda: [row]
             return made
@@ -279,8 +282,8 @@ def test_progress_is_told(toy_run, settings, tmp_path):
     descriptions = list(dict.fromkeys(what for what, _, _ in told))
     assert descriptions == [
         f"step-000040.pt, {null}{condition}"
-        for condition in ("frozen", "live")
         for null in ("", "own-init, ", "fresh-init 1/2, ", "fresh-init 2/2, ")
+        for condition in ("frozen", "live")
     ]
     assert all(0 < done <= total for _, done, total in told)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hopeprobe import nulls
+from hopeprobe.conditions import FROZEN, LIVE
 from hopeprobe.nulls import NullCache, fresh_init_values, fresh_seeds, own_init_estimates, weights_digest
 from hopeprobe.probes import get_probe
 from hopeprobe.probes.cms_similarity import CMSSimilarity
@@ -32,15 +33,15 @@ def windows(toy_data):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """Counts the passes that were really made."""
+    """Counts the models that were really measured."""
     made = []
 
     def counted(subject, windows, probes, *rest):
         made.append([probe.name for probe in probes])
         return real(subject, windows, probes, *rest)
 
-    real = nulls.run_pass
-    monkeypatch.setattr(nulls, "run_pass", counted)
+    real = nulls.measure
+    monkeypatch.setattr(nulls, "measure", counted)
     return made
 
 
@@ -57,32 +58,32 @@ def assert_same(a, b):
 
 def test_own_init_is_found_again_with_all_that_a_paired_difference_needs(subject, windows, tmp_path, runs):
     cache = NullCache(tmp_path)
-    first = own_init_estimates(subject, windows, PROBES, "live", cache)
-    again = own_init_estimates(subject, windows, PROBES, "live", cache)
+    first = own_init_estimates(subject, windows, PROBES, cache)
+    again = own_init_estimates(subject, windows, PROBES, cache)
     assert runs == [["cms-similarity", "integrity"]]
     assert_same(first, again)
-    for place, estimate in again.values["cms-similarity"].items():
-        difference = paired_difference(estimate, first.values["cms-similarity"][place])
+    for row, estimate in again.values["cms-similarity"].items():
+        difference = paired_difference(estimate, first.values["cms-similarity"][row])
         assert (difference.value, difference.se) == (0, 0)
-    without = own_init_estimates(subject, windows, PROBES, "live", NullCache(None))
+    without = own_init_estimates(subject, windows, PROBES, NullCache(None))
     assert_same(first, without)
 
 
 def test_fresh_init_is_found_again(subject, windows, tmp_path, runs):
     cache = NullCache(tmp_path)
-    first = fresh_init_values(subject, 5, windows, PROBES, "frozen", cache)
-    again = fresh_init_values(subject, 5, windows, PROBES, "frozen", cache)
+    first = fresh_init_values(subject, 5, windows, PROBES, cache)
+    again = fresh_init_values(subject, 5, windows, PROBES, cache)
     assert len(runs) == 1
     assert_same(first, again)
-    other = fresh_init_values(subject, 6, windows, PROBES, "frozen", cache)
+    other = fresh_init_values(subject, 6, windows, PROBES, cache)
     assert len(runs) == 2
     assert other.values["integrity"] != first.values["integrity"]
 
 
 def test_only_what_is_missing_is_measured(subject, windows, tmp_path, runs):
     cache = NullCache(tmp_path)
-    fresh_init_values(subject, 5, windows, PROBES[:1], "live", cache)
-    fresh_init_values(subject, 5, windows, PROBES, "live", cache)
+    fresh_init_values(subject, 5, windows, PROBES[:1], cache)
+    fresh_init_values(subject, 5, windows, PROBES, cache)
     assert runs == [["cms-similarity"], ["integrity"]]
 
 
@@ -92,11 +93,15 @@ def test_whatever_the_numbers_depend_on_is_in_the_key(
     class Newer(CMSSimilarity):
         version = 2
 
+    class Frozen(CMSSimilarity):
+        def conditions(self, subject):
+            return (LIVE, FROZEN)
+
     cache = NullCache(tmp_path)
     probes = PROBES[:1]
 
-    def measure(subject=subject, windows=windows, probes=probes, condition="live"):
-        own_init_estimates(subject, windows, probes, condition, cache)
+    def measure(subject=subject, windows=windows, probes=probes):
+        own_init_estimates(subject, windows, probes, cache)
         return len(runs)
 
     assert measure() == 1
@@ -107,7 +112,8 @@ def test_whatever_the_numbers_depend_on_is_in_the_key(
     assert measure(windows=EvalWindows(toy_data, "all", context=32, tokens=1600, carry="document")) == 5
     assert measure(windows=EvalWindows(toy_data, "all", context=32, tokens=1600, batch=3)) == 5
     assert measure(probes=[Newer()]) == 6
-    assert measure(condition="frozen") == 7
+    assert measure(probes=[Frozen()]) == 7
+    assert measure(probes=[Frozen()]) == 7
     with torch.no_grad():
         subject.module.norm.bias[0] = 1e-6
     assert measure() == 8
@@ -115,13 +121,13 @@ def test_whatever_the_numbers_depend_on_is_in_the_key(
 
 def test_a_damaged_file_is_measured_again_and_replaced(subject, windows, tmp_path, runs):
     cache = NullCache(tmp_path)
-    first = fresh_init_values(subject, 5, windows, PROBES, "live", cache)
+    first = fresh_init_values(subject, 5, windows, PROBES, cache)
     good = {file: file.read_bytes() for file in (tmp_path / "nulls").iterdir()}
     assert len(good) == 2
     for number, damage in enumerate((lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"[]")):
         for file, content in good.items():
             file.write_bytes(damage(content))
-        assert_same(fresh_init_values(subject, 5, windows, PROBES, "live", cache), first)
+        assert_same(fresh_init_values(subject, 5, windows, PROBES, cache), first)
         assert len(runs) == 2 + number
         assert {file: file.read_bytes() for file in good} == good
 
@@ -152,9 +158,9 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_nothing_else(subject
     blocked.write_text("in the way")
     cache = NullCache(blocked)
     with pytest.warns(RuntimeWarning, match="nulls cannot be cached"):
-        found = fresh_init_values(subject, 5, windows, PROBES, "live", cache)
-    assert_same(found, fresh_init_values(subject, 5, windows, PROBES, "live", NullCache(None)))
-    fresh_init_values(subject, 5, windows, PROBES, "live", cache)  # warned once
+        found = fresh_init_values(subject, 5, windows, PROBES, cache)
+    assert_same(found, fresh_init_values(subject, 5, windows, PROBES, NullCache(None)))
+    fresh_init_values(subject, 5, windows, PROBES, cache)  # warned once
 
 
 def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
@@ -198,7 +204,7 @@ def test_a_model_without_identity_is_not_cached(subject, windows, tmp_path, runs
     monkeypatch.setattr(subject, "identity", nothing)
     cache = NullCache(tmp_path)
     for _ in range(2):
-        own_init_estimates(subject, windows, PROBES[1:], "live", cache)
+        own_init_estimates(subject, windows, PROBES[1:], cache)
     assert len(runs) == 2
     assert not (tmp_path / "nulls").exists()
 
@@ -241,7 +247,7 @@ def test_nulls_of_other_code_are_not_taken(subject, windows, tmp_path, runs, ada
     cache = NullCache(tmp_path / "cache")
 
     def measure(module, probe=PROBES[1]):
-        own_init_estimates(module.Adapter(subject.module), windows, [probe], "frozen", cache)
+        own_init_estimates(module.Adapter(subject.module), windows, [probe], cache)
         return len(runs)
 
     assert measure(adapter()) == 1
@@ -267,12 +273,12 @@ def test_code_that_is_in_no_file_is_not_cached(subject, windows, tmp_path, runs,
     del module.__file__  # as in a notebook
     typed = module.Adapter(subject.module)
     for _ in range(2):
-        own_init_estimates(typed, windows, PROBES[1:], "frozen", cache)
+        own_init_estimates(typed, windows, PROBES[1:], cache)
     assert len(runs) == 2
     assert not (tmp_path / "cache").exists()
     mine = module.Mine()
     for _ in range(2):  # a probe has its version
-        own_init_estimates(subject, windows, [mine], "frozen", cache)
+        own_init_estimates(subject, windows, [mine], cache)
     assert len(runs) == 3
     assert nulls._source_of(module.Mine) == "version 1"
 
@@ -298,5 +304,5 @@ def test_the_probes_own_source_is_in_the_key_where_no_file_shows_it(
         nulls._source_of.cache_clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(nulls.inspect, "getsource", lambda _, source=source: source)
-            own_init_estimates(subject, windows, [probe], "frozen", cache)
+            own_init_estimates(subject, windows, [probe], cache)
         assert len(runs) == (1, 1, 2)[number]

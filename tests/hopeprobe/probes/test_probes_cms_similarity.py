@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hopeprobe.analysis import analyze
+from hopeprobe.conditions import LIVE
 from hopeprobe.errors import MeasurementError
 from hopeprobe.model.config import CMSLevel
 from hopeprobe.probes import get_probe
@@ -27,7 +28,7 @@ def windows_of(data, batch=50, tokens=1600):
 
 
 def accumulated(subject, data, **options):
-    result = run_pass(subject, windows_of(data, **options), [PROBE], "live")
+    result = run_pass(subject, windows_of(data, **options), [PROBE], LIVE)
     assert not result.failed
     return result.accumulators[PROBE.name]
 
@@ -147,7 +148,7 @@ def test_a_value_that_is_not_finite_names_its_hook_point(subject, toy_data):
         return tensor
 
     subject.module.add_hook("blocks.1.cms.slow.hook_delta", plant)
-    result = run_pass(subject, windows_of(toy_data), [PROBE], "live")
+    result = run_pass(subject, windows_of(toy_data), [PROBE], LIVE)
     assert not result.accumulators
     assert "blocks.1.cms.slow.hook" in result.failed[PROBE.name]
     assert "not finite" in result.failed[PROBE.name]
@@ -187,12 +188,12 @@ def test_neither_batch_size_nor_merging_changes_anything(subject, toy_data):
     whole = accumulated(subject, toy_data).plug_ins()
     assert accumulated(subject, toy_data, batch=7).plug_ins() == pytest.approx(whole, abs=1e-6)
 
-    parts = [PROBE.accumulator(subject, "live") for _ in range(2)]
+    parts = [PROBE.accumulator(subject, "live", windows_of(toy_data)) for _ in range(2)]
     for i, batch in enumerate(windows_of(toy_data, batch=10)):
         with subject.module.caching(PROBE.hooks(subject)) as cache:
             out = subject.run(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
         parts[i % 2].update(cache, out.losses, out.scored, batch)
-    merged = PROBE.accumulator(subject, "live")
+    merged = PROBE.accumulator(subject, "live", windows_of(toy_data))
     for part in parts:
         merged.merge(part)
     assert merged.plug_ins() == pytest.approx(whole, abs=1e-6)
@@ -206,7 +207,7 @@ def test_levels_of_different_widths_are_refused(subject, toy_data):
     cache = {name: torch.randn(2, 4, 3 if ".slow." in name else 5) for name in names}
     short = dataclasses.replace(batch, group=batch.group[:2])
     with pytest.raises((ValueError, MeasurementError)):
-        PROBE.accumulator(subject, "live").update(cache, scored.double(), scored, short)
+        PROBE.accumulator(subject, "live", windows_of(toy_data)).update(cache, scored.double(), scored, short)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4))

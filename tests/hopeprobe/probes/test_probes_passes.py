@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hopeprobe.conditions import FROZEN, LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.probes import PROBES, Probe, get_probe
@@ -43,7 +44,7 @@ class Watching(Probe):
     def hooks(self, subject):
         return self._hooks
 
-    def accumulator(self, subject, condition):
+    def accumulator(self, subject, condition, windows):
         return Seen(condition, self._fail_at)
 
 
@@ -62,7 +63,7 @@ def windows(toy_data):
 def test_every_probe_sees_every_batch(subject, windows):
     told = []
     probes = [Watching("none"), Watching("one", ["blocks.0.cms.*.hook_out"]), Watching("two", ["hook_embed"])]
-    result = run_pass(subject, windows, probes, "live", lambda done, total: told.append((done, total)))
+    result = run_pass(subject, windows, probes, LIVE, on_batch=lambda done, total: told.append((done, total)))
     assert not result.failed
     assert told == [(i + 1, len(windows)) for i in range(len(windows))]
     for name in ("none", "one", "two"):
@@ -73,7 +74,7 @@ def test_every_probe_sees_every_batch(subject, windows):
 
 def test_a_probe_that_fails_falls_out_alone(subject, windows):
     probes = [Watching("well"), Watching("ill", fail_at=1), Watching("unknown", ["hook_embedding"])]
-    result = run_pass(subject, windows, probes, "live")
+    result = run_pass(subject, windows, probes, LIVE)
     assert list(result.accumulators) == ["well"]
     assert len(result.accumulators["well"].batches) == len(windows)
     assert result.failed["ill"] == "could not go on"
@@ -82,7 +83,7 @@ def test_a_probe_that_fails_falls_out_alone(subject, windows):
 
 def test_hooks_that_never_fire_are_no_success(subject, windows):
     deaf = Deaf(subject.module)
-    result = run_pass(deaf, windows, [Watching("well"), Watching("deaf", ["hook_embed"])], "live")
+    result = run_pass(deaf, windows, [Watching("well"), Watching("deaf", ["hook_embed"])], LIVE)
     assert list(result.accumulators) == ["well"]
     assert "never fired" in result.failed["deaf"]
     assert "hook_embed" in result.failed["deaf"]
@@ -92,7 +93,7 @@ def test_a_write_point_may_rest_for_a_batch_but_not_for_all(configs, subject_of,
     # A window shorter than a period of 32 tokens never writes the slow level.
     windows = EvalWindows(toy_data, "all", context=24, tokens=300, batch=5)
     probes = [Watching("slow", ["blocks.0.cms.slow.hook_fast_in"]), Watching("fast", ["*.fast.hook_fast_in"])]
-    result = run_pass(subject_of(), windows, probes, "live")
+    result = run_pass(subject_of(), windows, probes, LIVE)
     assert list(result.accumulators) == ["fast"]
     assert "blocks.0.cms.slow.hook_fast_in" in result.failed["slow"]
 
@@ -101,12 +102,13 @@ def test_frozen_closes_the_gates_and_a_deaf_model_is_not_frozen(subject, windows
     name = "blocks.0.cms.fast.hook_fast_in"
     meta = subject.meta_weights()[name]
     moved = {"live": [], "frozen": []}
-    for condition, seen in moved.items():
-        watch = (name, lambda w, hook: seen.append(float((w - meta).norm())))  # noqa: B023
+    for name_of, condition in (("live", LIVE), ("frozen", FROZEN)):
+        seen = moved[name_of]
+        watch = (name, lambda w, hook, seen=seen: seen.append(float((w - meta).norm())))
         with subject.module.hooks([watch], allow_unfired=True):  # a frozen level may have no write to show
             assert not run_pass(subject, windows, [Watching("well")], condition).failed
     assert max(moved["frozen"], default=0) == 0 < min(moved["live"])
-    deaf = run_pass(Deaf(subject.module), windows, [Watching("well")], "frozen")
+    deaf = run_pass(Deaf(subject.module), windows, [Watching("well")], FROZEN)
     assert "the model was not frozen" in deaf.failed["well"]
     assert not deaf.accumulators
 
@@ -116,17 +118,17 @@ def test_a_model_that_cannot_be_run_fails_every_probe(subject, windows):
         def run(self, tokens, lengths=None) -> WindowLosses:
             raise MeasurementError("no such device")
 
-        def freeze_hooks(self):
+        def freeze_hooks(self, mechanism=None):
             raise MissingCapability("this model has no write gates")
 
-    result = run_pass(Broken(subject.module), windows, [Watching("a"), Watching("b")], "live")
+    result = run_pass(Broken(subject.module), windows, [Watching("a"), Watching("b")], LIVE)
     assert result.failed == {"a": "no such device", "b": "no such device"}
     with pytest.raises(MissingCapability, match="write gates"):
-        run_pass(Broken(subject.module), windows, [Watching("a")], "frozen")
+        run_pass(Broken(subject.module), windows, [Watching("a")], FROZEN)
 
 
 def test_no_hook_is_left_behind(subject, windows):
-    run_pass(subject, windows, [Watching("ill", ["hook_embed"], fail_at=0)], "frozen")
+    run_pass(subject, windows, [Watching("ill", ["hook_embed"], fail_at=0)], FROZEN)
     assert not any(point.active for point in subject.module.hook_dict.values())
     assert torch.is_grad_enabled()
 
