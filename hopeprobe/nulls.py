@@ -299,11 +299,13 @@ def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Wher
         "model": identity,
         "origin": dict(origin),
         "windows": where.windows.fingerprint,
+        "data": where.windows.data.fingerprint,  # a probe may read the training split too
         "carry": where.windows.carry,
         "probe": probe.name,
         "probe_version": probe.version,
         "probe_source": _source_of(type(probe)),
         "code": code,
+        "settings": {name: repr(value) for name, value in sorted(vars(probe).items())},
         "conditions": [[one.name, one.batch] for one in probe.conditions(subject)],
     }
 

@@ -100,6 +100,7 @@ class Reducing:
 
     def _reset(self) -> None:
         self._read = 0
+        self._error: MeasurementError | None = None
         self._handles: list[HookHandle] = []
         self._values: dict[str, list[Tensor]] = {}
         self._positions: dict[str, list[int]] = {}
@@ -118,8 +119,18 @@ class Reducing:
                 handle.remove()
 
     def readings(self, batch: EvalBatch, cached: Mapping[str, Tensor]) -> Readings:
-        """Everything of the batch just run. Raises MeasurementError for values that do not fit together."""
-        rows = len(batch.lengths)
+        """Everything of the batch just run.
+
+        Raises MeasurementError for what a reducer gave that does not fit, and for a run that did not read
+        every token once: its positions are not those of the window.
+        """
+        rows, width = len(batch.lengths), batch.tokens.shape[1] - 1
+        if self._error is not None:
+            raise self._error
+        if self._values and self._read != width:
+            raise MeasurementError(
+                f"{self._read} positions were read of windows of {width}: they cannot be told"
+            )
         reduced = {}
         for name, values in self._values.items():
             shapes = {tuple(v.shape) for v in values}
@@ -143,7 +154,12 @@ class Reducing:
     def _take(self, tensor: Tensor, hook: HookPoint) -> None:
         if self._wanted is not None and self._read not in self._wanted:
             return
-        self._values.setdefault(hook.name, []).append(self._reducers[hook.name](tensor))
+        try:
+            made = self._reducers[hook.name](tensor)
+        except MeasurementError as error:  # that of one probe, and the run is everybody's
+            self._error = error
+            return
+        self._values.setdefault(hook.name, []).append(made)
         self._positions.setdefault(hook.name, []).append(self._read)
 
 

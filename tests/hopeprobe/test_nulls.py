@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from hopeprobe import nulls
-from hopeprobe.conditions import FROZEN, LIVE
+from hopeprobe.conditions import FROZEN, LIVE, Condition
+from hopeprobe.errors import MeasurementError
 from hopeprobe.nulls import NullCache, fresh_init_values, fresh_seeds, own_init_estimates, weights_digest
 from hopeprobe.probes import get_probe
 from hopeprobe.probes.cms_similarity import CMSSimilarity
+from hopeprobe.probes.integrity import Integrity
 from hopeprobe.stats import paired_difference
 from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens import EvalWindows
@@ -117,6 +119,52 @@ def test_whatever_the_numbers_depend_on_is_in_the_key(
     with torch.no_grad():
         subject.module.norm.bias[0] = 1e-6
     assert measure() == 8
+
+
+class Losses(Integrity):
+    """The loss under the conditions that it is given."""
+
+    asked = (LIVE,)
+
+    def conditions(self, subject):
+        return self.asked
+
+
+def test_a_null_holds_all_conditions_of_its_probe_and_is_that_of_no_others(
+    subject, windows, tmp_path, runs, monkeypatch
+):
+    cache, probe = NullCache(tmp_path), Losses()
+
+    def measure():
+        found = own_init_estimates(subject, windows, [probe], cache)
+        return len(runs), [condition for condition, _ in found.values["integrity"]]
+
+    assert measure() == (1, ["live"])
+    monkeypatch.setattr(Losses, "asked", (LIVE, FROZEN))
+    assert measure() == (2, ["live", "frozen"])
+    assert measure() == (2, ["live", "frozen"])
+    other = [Condition("swapped", batch=n) for n in (4, 8)]
+    monkeypatch.setattr(Losses, "asked", (other[0],))
+    assert measure() == (3, ["swapped"])
+    monkeypatch.setattr(Losses, "asked", (other[1],))
+    assert measure() == (4, ["swapped"])
+    probe.threshold = 0.5
+    assert measure() == (5, ["swapped"])
+    assert measure() == (5, ["swapped"])
+
+
+def test_what_failed_in_part_is_told_and_not_kept(subject, windows, tmp_path, runs, monkeypatch):
+    def diverges(subject, prepared, batch):
+        raise MeasurementError("it diverged")
+
+    monkeypatch.setattr(Losses, "asked", (LIVE, Condition("bad", run=diverges)))
+    for number in (1, 2):
+        found = own_init_estimates(subject, windows, [Losses()], NullCache(tmp_path))
+        assert [condition for condition, _ in found.values["integrity"]] == ["live"]
+        assert found.why("integrity", "bad") == "it diverged"
+        assert found.why("cms-similarity", "bad") is None
+        assert len(runs) == number
+    assert not (tmp_path / "nulls").exists()
 
 
 def test_a_damaged_file_is_measured_again_and_replaced(subject, windows, tmp_path, runs):
