@@ -67,6 +67,11 @@ class Generated(NamedTuple):
     fast: tuple[Weights, ...]  # of each group, (B, ...)
 
 
+def _rows_times(x: Tensor, w: Tensor) -> Tensor:
+    """X W^T of few rows (B, n, d) and tall matrices (B, out, d); twice as fast as written the other way round."""
+    return (w @ x.mT).mT.contiguous()
+
+
 def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
     """M(x) of one vector memory, (B, n, d); its weights (B, h, d) and (B, d, h)."""
     return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
@@ -76,7 +81,7 @@ def _read(x: Tensor, w: Weights) -> Reading:
     batch, n, _ = x.shape
     m, h = w.w2.shape[1:3]
     n_vector = w.w1.shape[1]
-    pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
+    pre = _rows_times(x, w.w2.flatten(1, 2)).view(batch, n, m, h)
     hidden = F.gelu(pre)
     of_vectors, of_scalars = hidden.split_with_sizes([n_vector, m - n_vector], dim=2)
     vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
@@ -219,7 +224,7 @@ class SelfMod(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, eta and alpha: `w2` (B, 4, h, d) of these four, `w1` (B, d, h) of k and of v."""
         batch, n, d = u.shape
-        hidden = F.gelu((u @ w2.flatten(1, 2).mT).view(batch, n, 4, d))
+        hidden = F.gelu(_rows_times(u, w2.flatten(1, 2)).view(batch, n, 4, d))
         hidden_k, hidden_v, hidden_scalar = hidden.split_with_sizes([1, 1, 2], dim=2)
         k = torch.baddbmm(u, hidden_k.squeeze(2), w1[0].mT)
         v = torch.baddbmm(u, hidden_v.squeeze(2), w1[1].mT)
@@ -332,7 +337,7 @@ class SelfMod(nn.Module):
         read = torch.cat([pre.flatten(2), k @ fast.skip.mT], dim=-1)
         read_meta = None
         if self.config.decay_target == "init":
-            read_meta = F.linear(k, torch.cat([meta.w2.flatten(0, 1), meta.skip]))
+            read_meta = torch.cat([F.linear(k, meta.w2.flatten(0, 1)), F.linear(k, meta.skip)], dim=-1)
             read = read - read_meta
         decay = chunk_decay(k, eta, log_alpha)
         errors = solve_errors(decay, eta, push, read_meta, read)
