@@ -27,6 +27,9 @@ HookRequests: TypeAlias = "Sequence[tuple[Any, Callable[..., Any]]]"
 class Condition:
     """How to run a model. Two conditions are the same only when they are one object.
 
+    Functions use the subject that they are given, which may be a replica, and keep nothing from one batch to
+    the next: batches may be run in any order, or side by side.
+
     Attributes:
         name: the `condition` column of results; different conditions of one analysis have different names.
         hooks: `hooks(subject, prepared, batch)` gives the forward hooks of one batch; it is called anew for

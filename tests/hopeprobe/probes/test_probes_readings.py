@@ -1,13 +1,17 @@
 """Reducers see every write, or those at the positions asked for, and nobody else notices."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from hopeprobe.conditions import FROZEN, LIVE, Condition, as_tensors
+from hopeprobe.hooks import HookRegistry, HookSpec
 from hopeprobe.probes import Probe
 from hopeprobe.probes.base import Accumulator
 from hopeprobe.probes.passes import run_pass
+from hopeprobe.probes.readings import Reducing
 from hopeprobe.subject import WindowLosses
 from hopeprobe.tokens import EvalWindows, TokenData
 
@@ -162,15 +166,22 @@ def test_a_model_that_writes_nothing_has_nothing_to_reduce(subject, windows):
     assert "never fired" in run_pass(subject, windows, [Reading("x", [FAST])], FROZEN).failed["x"]
 
 
-def test_a_reducer_that_hands_back_what_it_saw_is_not_overwritten(subject, windows):
-    probe = Reading("x", [FAST], reduce=lambda w: w[:, 0])
-    result = run_pass(subject, windows, [probe], LIVE)
-    tensors, positions, _, _, batch = result.accumulators["x"].batches[0]
-    whole = by_hand(subject, batch, FAST)[:, :, 0]
-    assert not torch.equal(whole[:, 0], whole[:, -1])
-    assert torch.equal(tensors[FAST][:, 0], whole[:, 0]) or batch.lengths.min() < positions[FAST][0]
-    row = int(batch.lengths.argmax())
-    torch.testing.assert_close(tensors[FAST][row], whole[row])
+def test_a_reducer_that_hands_back_what_it_saw_is_not_overwritten():
+    """A foreign model may show the very weights that its next write goes into."""
+    registry = HookRegistry()
+    tick = registry.add("hook_x", HookSpec(("batch", "pos"), "tick", True, "x"))
+    write = registry.add("hook_fast", HookSpec(("batch", "out"), "write", True, "W"))
+    model = SimpleNamespace(module=SimpleNamespace(hook_dict=registry))
+    reducing, weights = Reducing(model, {"hook_fast": lambda w: w}, None), torch.zeros(2, 3)
+    with reducing.watching():
+        for _ in range(2):
+            tick(torch.zeros(2, 8))
+            write(weights.add_(1.0))
+    batch = SimpleNamespace(lengths=np.array([16, 16]), tokens=np.zeros((2, 17)))
+    readings = reducing.readings(batch, {})
+    assert readings["hook_fast"][:, :, 0].tolist() == [[1.0, 2.0], [1.0, 2.0]]
+    assert list(readings.positions["hook_fast"]) == [8, 16]
+    assert (len(readings), list(readings)) == (1, ["hook_fast"])
 
 
 def test_a_run_that_reads_tokens_twice_has_no_positions(subject, windows):
