@@ -32,6 +32,7 @@ from hopeprobe.opening import Checkpoints, WindowMaker, as_list, check_no_hooks,
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
 from hopeprobe.probes.measure import ESTIMATES, Told, measure, silent
+from hopeprobe.probes.workers import blas_threads
 from hopeprobe.results import NullRow, ResultRow, Results
 from hopeprobe.stats import Evidence, Verdict, judge
 from hopeprobe.subject import MissingCapability, Subject
@@ -102,7 +103,8 @@ def analyze(
         subject = subject if len(given) == 1 else open_checkpoint(checkpoint)
         cache = NullCache.default(cache_dir)
         run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress)
-        run.measure(chosen)
+        with blas_threads(1):
+            run.measure(chosen)
         results.extend(run.rows, run.null_rows)
         described.append(run.describe())
     results.data = _in_common([_describe_data(windows) for windows in windows_of])

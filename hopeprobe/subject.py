@@ -85,6 +85,13 @@ class Subject:
         """Mean cross-entropy of windows, a differentiable scalar."""
         raise self._missing("differentiable loss")
 
+    def replica(self) -> Subject | None:
+        """Another subject on the same weights that may be run at the same time, in another thread; None: not so.
+
+        Hook points must be its own.
+        """
+        return None
+
     # -- rows of a state ----------------------------------------------------------------------------------------
 
     def select_rows(self, state: Any, rows: Sequence[int]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,13 @@ class HopeSubject(Subject):
         """Mean cross-entropy of windows, differentiable."""
         out = self.module(tokens, lengths)
         return cast(Tensor, out.losses.sum() / out.scored.sum())
+
+    def replica(self) -> HopeSubject:
+        """The same weights, with hook points of their own."""
+        other = copy.copy(self)
+        shared: dict[int, Any] = {id(p): p for p in self.module.parameters()}
+        other.module = copy.deepcopy(self.module, shared)
+        return other
 
     def select_rows(self, state: State, rows: Sequence[int]) -> State:
         """Rows of a state, in this order."""

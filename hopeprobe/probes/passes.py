@@ -21,6 +21,7 @@ from hopeprobe.hooks import ActivationCache, resolve
 from hopeprobe.subject import MissingCapability
 
 from .readings import Readings, Reducing, check_positions
+from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,69 @@ class Pass:
             self.drop(name, reason)
 
 
+def run_pass(
+    subject: Subject,
+    windows: EvalWindows,
+    probes: Sequence[Probe],
+    condition: Condition,
+    prepared: Any = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Pass:
+    """Run the model over `windows` once, under a condition, and feed every probe.
+
+    Batches are run side by side where the subject has replicas (`hopeprobe.probes.workers`), and read in order:
+    the result is that of one after the other.
+
+    prepared: what `condition.prepare` gave. on_batch: called with the batches done and in all. Raises
+    MissingCapability when the model cannot be run so at all (no write gates to close).
+    """
+    result, running = Pass(), []
+    windows = condition.windows(windows)
+    for probe in probes:
+        try:
+            _reader(probe, subject, windows)
+            result.accumulators[probe.name] = probe.accumulator(subject, condition.name, windows)
+            running.append(probe)
+        except HopeprobeError as error:
+            result.drop(probe.name, str(error))
+    if not running:
+        return result
+    points = subject.module.hook_dict
+    fired: set[tuple[str, str]] = set()
+    in_force: Counter[str] = Counter()
+    workers = [_Worker(one, windows, running, condition, prepared) for one in replicas(subject, len(windows))]
+
+    def run(worker: _Worker, batch: EvalBatch) -> _Ran | HopeprobeError:
+        return worker.run(batch, list(result.accumulators))
+
+    for done, (batch, ran) in enumerate(side_by_side(run, workers, windows)):
+        if isinstance(ran, HopeprobeError):
+            if isinstance(ran, MissingCapability):
+                raise ran
+            result.drop_all(str(ran))
+            break
+        in_force.update(ran.fired)
+        for name in list(result.accumulators):
+            try:
+                seen = ran.seen(name)
+                fired |= {(name, hook) for hook in seen}
+                result.accumulators[name].update(seen, ran.out.losses, ran.out.scored, batch)
+            except MeasurementError as error:
+                result.drop(name, str(error))
+        if on_batch is not None:
+            on_batch(done + 1, len(windows))
+        if not result.accumulators:
+            break
+    for name in list(result.accumulators):
+        if silent := [n for n in workers[0].readers[name].names if (name, n) not in fired]:
+            result.drop(name, _never_fired(silent))
+    if unfired := [
+        name for name, count in in_force.items() if not count and points[name].spec.cadence == "write"
+    ]:
+        result.drop_all(_not_in_force(condition, unfired))
+    return result
+
+
 @dataclass
 class _Reader:
     """One probe in the pass: the hook points it reads whole, and those it reads reduced."""
@@ -62,71 +126,63 @@ class _Reader:
         return [*self.cached, *self.reduced]
 
 
-def run_pass(
-    subject: Subject,
-    windows: EvalWindows,
-    probes: Sequence[Probe],
-    condition: Condition,
-    prepared: Any = None,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> Pass:
-    """Run the model over `windows` once, under a condition, and feed every probe.
+@dataclass
+class _Ran:
+    """One batch: losses, how often the condition's hooks fired, and for each probe its readings or why it has none."""
 
-    prepared: what `condition.prepare` gave. on_batch: called with the batches done and in all. Raises
-    MissingCapability when the model cannot be run so at all (no write gates to close).
-    """
-    result, readers = Pass(), dict[str, _Reader]()
-    windows = condition.windows(windows)
-    points = subject.module.hook_dict
-    for probe in probes:
-        try:
-            readers[probe.name] = _reader(probe, subject, windows)
-            result.accumulators[probe.name] = probe.accumulator(subject, condition.name, windows)
-        except HopeprobeError as error:
-            result.drop(probe.name, str(error))
-    fired: set[tuple[str, str]] = set()
-    in_force: Counter[str] = Counter()
-    for done, batch in enumerate(windows):
-        if not result.accumulators:
-            break
-        reading = {name: readers[name] for name in result.accumulators}
-        wanted = sorted({hook for reader in reading.values() for hook in reader.cached})
+    out: WindowLosses
+    fired: Mapping[str, int]
+    read: Mapping[str, Readings | MeasurementError]
+
+    def seen(self, name: str) -> Readings:
+        """What a probe reads. Raises MeasurementError where that failed."""
+        found = self.read[name]
+        if isinstance(found, MeasurementError):
+            raise found
+        return found
+
+
+class _Worker:
+    """Runs batches on one replica of the model; hooks, caches and reducers are its own."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        windows: EvalWindows,
+        probes: Sequence[Probe],
+        condition: Condition,
+        prepared: Any,
+    ) -> None:
+        self.subject, self.condition, self.prepared = subject, condition, prepared
+        self.readers = {probe.name: _reader(probe, subject, windows) for probe in probes}
+
+    def run(self, batch: EvalBatch, names: Sequence[str]) -> _Ran | HopeprobeError:
+        """Run one batch for the probes named; an error that concerns them all is returned."""
+        subject, condition = self.subject, self.condition
+        readers = {name: self.readers[name] for name in names}
+        wanted = sorted({hook for reader in readers.values() for hook in reader.cached})
         # Whether a point fired is checked for each probe below: one that did not must not take others along.
         try:
             with ExitStack() as stack:
-                hooks = condition.hooks(subject, prepared, batch) if condition.hooks else ()
+                hooks = condition.hooks(subject, self.prepared, batch) if condition.hooks else ()
                 handle = stack.enter_context(subject.module.hooks(hooks, allow_unfired=True))
                 cache: ActivationCache = ActivationCache(())
                 if wanted:
                     cache = stack.enter_context(subject.module.caching(wanted, allow_unfired=True))
-                for reader in reading.values():
+                for reader in readers.values():
                     if reader.reducing is not None:
                         stack.enter_context(reader.reducing.watching())
-                out = _scored(subject, condition, prepared, batch)
-            in_force.update(handle.fired)
+                out = _scored(subject, condition, self.prepared, batch)
             _check_fired(subject, condition, handle.fired, batch)
-        except MissingCapability:
-            raise
         except HopeprobeError as error:
-            result.drop_all(str(error))
-            break
-        for name, reader in reading.items():
+            return error
+        read: dict[str, Readings | MeasurementError] = {}
+        for name, reader in readers.items():
             try:
-                seen = _seen(subject, reader, cache, batch)
-                fired |= {(name, hook) for hook in reader.names if hook in seen}
-                result.accumulators[name].update(seen, out.losses, out.scored, batch)
+                read[name] = _seen(subject, reader, cache, batch)
             except MeasurementError as error:
-                result.drop(name, str(error))
-        if on_batch is not None:
-            on_batch(done + 1, len(windows))
-    for name in list(result.accumulators):
-        if silent := [n for n in readers[name].names if (name, n) not in fired]:
-            result.drop(name, _never_fired(silent))
-    if unfired := [
-        name for name, count in in_force.items() if not count and points[name].spec.cadence == "write"
-    ]:
-        result.drop_all(_not_in_force(condition, unfired))
-    return result
+                read[name] = error
+        return _Ran(out, handle.fired, read)
 
 
 def _reader(probe: Probe, subject: Subject, windows: EvalWindows) -> _Reader:
