@@ -148,9 +148,11 @@ def test_a_null_holds_all_conditions_of_its_probe_and_is_that_of_no_others(
     assert measure() == (3, ["swapped"])
     monkeypatch.setattr(Losses, "asked", (other[1],))
     assert measure() == (4, ["swapped"])
+    monkeypatch.setattr(Losses, "asked", (Condition("shuffled", batch=8),))
+    assert measure() == (5, ["shuffled"])
     probe.threshold = 0.5
-    assert measure() == (5, ["swapped"])
-    assert measure() == (5, ["swapped"])
+    assert measure() == (6, ["shuffled"])
+    assert measure() == (6, ["shuffled"])
 
 
 def test_what_failed_in_part_is_told_and_not_kept(subject, windows, tmp_path, runs, monkeypatch):
