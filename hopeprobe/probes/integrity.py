@@ -18,11 +18,12 @@ D = a √n + b ‖θ0‖ with a and b the larger of those with decay w and with 
 
 Verdicts. `untrained`, for every row, when the file says step 0, nothing moved, or no weight was loaded; and
 for weights that lie further away than the optimiser can go, or as far as another initialisation in every
-group, unless the loss did fall: then the initial weights are not this run's and nothing is decided. A frozen
-loss that is not 0.05 nats below its value at initialisation (the whole interval of the difference lies above
-that) says `untrained` only where it is not known how far the weights moved. Where they did move, as far as
-training can, every row is `inconclusive`: a first step, training that failed, or a text of another kind.
-Otherwise the rule decides on the loss; a distance or a count alone decides nothing.
+group, unless the loss fell, also below where other initialisations lie: then the initial weights are not this
+run's and nothing is decided. A frozen loss that is not 0.05 nats below its value at initialisation (the whole
+interval of the difference lies above that) says `untrained` only where it is not known how far the weights
+moved. Where they did move, as far as training can, every row is `inconclusive`: a first step, training that
+failed, or a text of another kind. Otherwise the rule decides on the loss; a distance or a count alone decides
+nothing.
 
 Cost: one pass, and three initial models. Source: "Dissecting HOPE", sections 4.2–4.4, whose figures are those
 of a model whose trained weights were never loaded, set against another initialisation.
@@ -35,6 +36,7 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
+from scipy.special import stdtrit
 
 from hopeprobe.conditions import FROZEN
 from hopeprobe.errors import MeasurementError
@@ -331,9 +333,17 @@ def _not_below_initial(loss: Finding | None) -> str:
 
 
 def _fell(loss: Finding | None) -> bool:
-    """Whether the loss is surely below that of an untrained model, own or fresh."""
+    """Whether the loss is surely below that of untrained models, own and fresh.
+
+    Weights that look foreign may be a better initialisation by chance: with N(0, 1) embeddings seeds differ by more
+    than the smallest effect. So the loss must also lie below where one more initialisation would, in 95 of 100 cases.
+    """
     change = _change(loss)
-    return change is not None and change.high < -LOSS_EFFECT
+    if loss is None or change is None or change.high >= -LOSS_EFFECT:
+        return False
+    fresh = loss.fresh
+    spread = float(stdtrit(fresh.df, 0.975)) * fresh.prediction_se if fresh is not None else 0.0
+    return fresh is None or fresh.difference + spread < -LOSS_EFFECT
 
 
 def _moved(distances: Sequence[Finding]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.errors import MeasurementError
+from hopeprobe.model.config import published
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.probes import Finding, Measurement, Place, get_probe
 from hopeprobe.probes.integrity import adamw_reach, relative_distance
@@ -101,6 +102,17 @@ def test_another_seed_passed_off_as_trained_is_untrained(subject_of, settings, s
     note = frame.loc[("frozen_loss", "")].note
     assert "from its value at initialisation" in note
     assert "the optimiser reaches" in note
+
+
+def test_another_seed_with_a_lower_loss_is_untrained_all_the_same(configs, subject_of, settings):
+    """With N(0, 1) embeddings initialisations differ by more than the smallest effect: none of that is training."""
+    config = published(configs["toy"])
+    fake = impostor(subject_of(config, 0).module, subject_of(config, 4))
+    frame, results = frame_of(fake, settings)
+    nulls = results.nulls_frame.set_index(["statistic", "null_kind"])
+    own = nulls.loc[("frozen_loss", "own-init")]
+    assert frame.loc[("frozen_loss", "")].ci_high < own.low - 0.05, "lower than its alleged start, surely"
+    assert set(frame.verdict) == {"untrained"}
 
 
 def test_another_seed_is_seen_by_its_distance_where_the_optimiser_could_go_anywhere(subject_of, settings):
