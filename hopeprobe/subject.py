@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hopeprobe.errors import BadInputError, MeasurementError
 
@@ -81,6 +81,13 @@ class Subject:
         """One tick: tokens (B, C), next_token (B,) to losses (B, C) and the next state."""
         raise self._missing("tick")
 
+    def logits(self, state: Any, tokens: Tensor) -> Tensor:
+        """Logits (B, n, V) after each of the n <= tick tokens (B, n) that come next, hooks firing; nothing is written.
+
+        `state` as in `run`; it is left as it is.
+        """
+        raise self._missing("logits")
+
     def loss(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of windows, a differentiable scalar."""
         raise self._missing("differentiable loss")
@@ -111,6 +118,13 @@ class Subject:
     def write_periods(self) -> Mapping[str, int]:
         """Tokens between two writes, by mechanism (`cms.fast`, `selfmod.memory`); empty: the model never writes."""
         raise self._missing("write periods")
+
+    def decay_target(self) -> Mapping[str, Literal["init", "zero"]]:
+        """What fast weights decay towards, their meta weights or zero, by names of `write_periods`.
+
+        One that is not there does not decay.
+        """
+        raise self._missing("declared decay")
 
     def meta_weights(self) -> Mapping[str, Tensor]:
         """For every fast-weight hook point, the meta weights its tensor started from, without the batch."""

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -54,6 +54,17 @@ class HopeSubject(Subject):
         """One tick."""
         return self.module.step(state, tokens, next_token)
 
+    @torch.no_grad()
+    def logits(self, state: State, tokens: Tensor) -> Tensor:
+        """Logits (B, n, V) after each of at most a tick of tokens, read without writing, hooks firing."""
+        if state.pending.shape[1]:
+            raise BadInputError("the state holds tokens of an unfinished tick: peek() reads on from those")
+        if tokens.shape[1] > self.tick:
+            raise BadInputError(
+                f"logits are read a tick at a time, {self.tick} tokens, not {tokens.shape[1]}: run() writes in between"
+            )
+        return self.module.peek(state._replace(pending=tokens))
+
     def loss(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of windows, differentiable."""
         out = self.module(tokens, lengths)
@@ -87,6 +98,11 @@ class HopeSubject(Subject):
         names = list(cast(SelfMod, self._block(0).selfmod).memories)
         periods = {f"selfmod.{n}": config.chunk_memory if n == "memory" else config.chunk for n in names}
         return periods | {f"cms.{level.name}": level.period for level in config.cms_levels}
+
+    def decay_target(self) -> Mapping[str, Literal["init", "zero"]]:
+        """What the memories decay towards; CMS levels do not decay."""
+        memories = [name for name in self.write_periods() if name.startswith("selfmod.")]
+        return dict.fromkeys(memories, self.module.config.decay_target)
 
     def _block(self, index: int) -> Block:
         return cast(Block, self.module.blocks[index])

@@ -1,5 +1,6 @@
 """Our model as probes see it: through `hopeprobe.load`, with everything the contract promises."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -353,3 +354,43 @@ def test_a_run_continues_from_a_state(subject):
 def test_a_folder_is_no_checkpoint(folder):
     with pytest.raises(BadInputError, match=r"is a folder; name one of its checkpoints.*step-000003\.pt"):
         hopeprobe.load(folder)
+
+
+def test_logits_are_those_that_the_next_tick_is_scored_by_and_nothing_is_written():
+    subject = made(LONG)
+    tick = subject.tick
+    state = subject.run(TOKENS[:, : 2 * tick + 1]).state
+    before = copy.deepcopy(state)
+    tokens, targets = TOKENS[:, 2 * tick : 3 * tick], TOKENS[:, 2 * tick + 1 : 3 * tick + 1]
+    fired = []
+    with subject.module.hooks([("hook_embed", lambda x, hook: fired.append(x.shape[1]))]):
+        logits = subject.logits(state, tokens)
+        few = subject.logits(state, tokens[:, :2])
+    assert fired == [tick, 2]
+    assert not logits.requires_grad
+    losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+    scored, _ = subject.step(state, tokens, targets[:, -1])
+    torch.testing.assert_close(losses, scored.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(few, logits[:, :2], rtol=0, atol=1e-12)
+    assert all(map(torch.equal, tensors_of(before), tensors_of(state)))
+    with pytest.raises(BadInputError, match=f"a tick at a time, {tick} tokens, not {tick + 1}"):
+        subject.logits(state, TOKENS[:, : tick + 1])
+    with pytest.raises(BadInputError, match="unfinished tick"):
+        subject.logits(state._replace(pending=TOKENS[:, :1]), tokens)
+    assert before.position == state.position == 2 * tick
+
+
+def tensors_of(state):
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [t for part in state for t in tensors_of(part)] if isinstance(state, tuple) else []
+
+
+def test_what_fast_weights_decay_towards_is_told_of_those_that_decay():
+    memories = {f"selfmod.{name}" for name in ("memory", "q", "k", "v", "eta", "alpha")}
+    assert made().decay_target() == dict.fromkeys(memories, "init")
+    zero = made(dataclasses.replace(TOY, decay_target="zero", query="static"))
+    assert zero.decay_target() == dict.fromkeys(memories - {"selfmod.q"}, "zero")
+    assert made(dataclasses.replace(TOY, variant="transformer")).decay_target() == {}
+    with pytest.raises(MissingCapability, match="declared decay"):
+        Subject.decay_target(made())
