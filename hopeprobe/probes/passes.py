@@ -203,7 +203,7 @@ def _seen(subject: Subject, reader: _Reader, cache: ActivationCache, batch: Eval
     points = subject.module.hook_dict
     # A reducer may have had no position in this batch.
     ticking = [name for name in reader.cached if points[name].spec.cadence == "tick"]
-    if silent := [name for name in ticking if name not in seen]:
+    if silent := _silent(subject, [name for name in ticking if name not in seen], batch):
         raise MeasurementError(_never_fired(silent))
     return seen
 
@@ -223,18 +223,20 @@ def _scored(subject: Subject, condition: Condition, prepared: Any, batch: EvalBa
 
 
 def _check_fired(subject: Subject, condition: Condition, fired: Mapping[str, int], batch: EvalBatch) -> None:
-    """Raise MeasurementError where a hook of the condition did not fire in this batch.
-
-    Writes may rest for a batch, and gates may where the batch is too short for any write.
-    """
+    """Raise MeasurementError where a hook of the condition did not fire in this batch; writes may rest for a batch."""
     points = subject.module.hook_dict
     silent = [name for name, count in fired.items() if not count and points[name].spec.cadence == "tick"]
-    if silent and batch.tokens.shape[1] - 1 < subject.tick:
-        with contextlib.suppress(MissingCapability):
-            gates = resolve(points, [selector for selector, _ in subject.freeze_hooks()])
-            silent = [name for name in silent if name not in gates]
-    if silent:
+    if silent := _silent(subject, silent, batch):
         raise MeasurementError(_not_in_force(condition, silent))
+
+
+def _silent(subject: Subject, names: Sequence[str], batch: EvalBatch) -> list[str]:
+    """Of points that did not fire, those that should have: write gates rest where a batch is too short to write."""
+    if names and batch.tokens.shape[1] - 1 < subject.tick:
+        with contextlib.suppress(MissingCapability):
+            gates = resolve(subject.module.hook_dict, [selector for selector, _ in subject.freeze_hooks()])
+            return [name for name in names if name not in gates]
+    return list(names)
 
 
 def _not_in_force(condition: Condition, names: Sequence[str]) -> str:

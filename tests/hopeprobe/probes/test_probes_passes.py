@@ -98,6 +98,30 @@ def test_a_write_point_may_rest_for_a_batch_but_not_for_all(configs, subject_of,
     assert "blocks.0.cms.slow.hook_fast_in" in result.failed["slow"]
 
 
+def test_write_gates_rest_where_a_batch_is_too_short_to_write_and_nothing_else_does(subject, toy_data):
+    gate = "blocks.*.hook_write_gate"
+    windows = EvalWindows(toy_data, "all", context=32, tokens=32 + 5, batch=1)
+    assert [batch.tokens.shape[1] - 1 for batch in windows] == [32, 5]
+    result = run_pass(
+        subject, windows, [Watching("gate", [gate]), Watching("both", [gate, "hook_embed"])], LIVE
+    )
+    assert not result.failed
+    widths = [
+        shapes.get("blocks.0.selfmod.hook_write_gate") for shapes, _ in result.accumulators["gate"].batches
+    ]
+    assert widths == [(1, 32), None]
+    short = EvalWindows(toy_data, "all", context=5, tokens=10, batch=1)
+    assert "never fired" in run_pass(subject, short, [Watching("gate", [gate])], LIVE).failed["gate"]
+
+    class Shallow(HopeSubject):
+        def run(self, tokens, lengths=None):
+            whole = tokens.shape[1] > 8
+            return (super() if whole else HopeSubject(copy.deepcopy(self.module))).run(tokens, lengths)
+
+    failed = run_pass(Shallow(subject.module), windows, [Watching("deaf", [gate, "hook_embed"])], LIVE).failed
+    assert "measured there: hook_embed" in failed["deaf"]
+
+
 def test_frozen_closes_the_gates_and_a_deaf_model_is_not_frozen(subject, windows):
     name = "blocks.0.cms.fast.hook_fast_in"
     meta = subject.meta_weights()[name]
