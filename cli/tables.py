@@ -24,7 +24,7 @@ _STYLES = {
 def result_tables(results: Results) -> list[Table]:
     """One table a checkpoint and probe."""
     nulls: dict[tuple[object, ...], list[NullRow]] = {}
-    for null in results.nulls:
+    for null in results.null_rows:
         nulls.setdefault(null.key[:-1], []).append(null)
     groups: dict[tuple[str, str], list[ResultRow]] = {}
     for row in results.rows:

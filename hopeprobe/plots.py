@@ -61,7 +61,9 @@ def plot_similarity(results: Results, path: str | os.PathLike[str], checkpoint: 
     from matplotlib.figure import Figure
 
     nulls = {
-        (n.statistic, n.layer, n.component, n.null_kind): n for n in results.nulls if n.checkpoint == chosen
+        (n.statistic, n.layer, n.component, n.null_kind): n
+        for n in results.null_rows
+        if n.checkpoint == chosen
     }
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=0.85):
         figure = Figure(figsize=(10.5, 7.2), layout="constrained")

@@ -162,7 +162,7 @@ class Results:
         return tuple(self._rows.values())
 
     @property
-    def nulls(self) -> tuple[NullRow, ...]:
+    def null_rows(self) -> tuple[NullRow, ...]:
         """All nulls, in the order they were added."""
         return tuple(self._nulls.values())
 
@@ -175,7 +175,7 @@ class Results:
         """Add rows and nulls, or all those of other results; nothing is added when a key is already taken."""
         if isinstance(rows, Results):
             new_rows: Iterable[ResultRow] = rows.rows
-            nulls = (*rows.nulls, *nulls)
+            nulls = (*rows.null_rows, *nulls)
         else:
             new_rows = rows
         self._rows, self._nulls = (
@@ -184,14 +184,14 @@ class Results:
         )
 
     @property
-    def frame(self) -> pd.DataFrame:
-        """The results as a DataFrame, one column for each field; verdicts are plain strings."""
+    def table(self) -> pd.DataFrame:
+        """The results, one row a number, one column for each field; verdicts are plain strings."""
         return _frame(ResultRow, self.rows)
 
     @property
-    def nulls_frame(self) -> pd.DataFrame:
-        """The nulls as a DataFrame."""
-        return _frame(NullRow, self.nulls)
+    def nulls(self) -> pd.DataFrame:
+        """The nulls, keyed by the same columns as the results, and `null_kind`."""
+        return _frame(NullRow, self.null_rows)
 
     def to_json(self) -> str:
         """One strict JSON document; raises ValueError when checkpoint or data hold an infinite number."""
@@ -200,7 +200,7 @@ class Results:
             **self.versions,
             **self.meta,
             "results": [_record(row) for row in self.rows],
-            "nulls": [_record(row) for row in self.nulls],
+            "nulls": [_record(row) for row in self.null_rows],
         }
         return json.dumps(_nan_to_null(document), allow_nan=False, indent=2, ensure_ascii=False) + "\n"
 
@@ -234,8 +234,8 @@ class Results:
         """Write the results to `path` and the nulls beside it (`x.nulls.csv`); return both paths."""
         path = Path(path)
         nulls = path.with_name(path.name.removesuffix(".csv") + ".nulls.csv")
-        write_atomically(nulls, self.nulls_frame.to_csv(index=False, lineterminator="\n").encode())
-        write_atomically(path, self.frame.to_csv(index=False, lineterminator="\n").encode())
+        write_atomically(nulls, self.nulls.to_csv(index=False, lineterminator="\n").encode())
+        write_atomically(path, self.table.to_csv(index=False, lineterminator="\n").encode())
         return path, nulls
 
 

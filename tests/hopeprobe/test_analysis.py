@@ -41,7 +41,7 @@ class Deaf(HopeSubject):
 def test_a_trained_model_has_learned_something_and_every_number_has_its_nulls(toy_run, settings):
     results = analyze(toy_run / "step-000040.pt", BOTH, **settings)
     assert missing_from(results) == []
-    frame, nulls = results.frame, results.nulls_frame
+    frame, nulls = results.table, results.nulls
     similarity = frame[frame.probe == "cms-similarity"]
     assert len(similarity) == 2 * (4 + 4)
     assert "learned" in set(similarity.verdict)
@@ -63,7 +63,7 @@ def test_a_trained_model_has_learned_something_and_every_number_has_its_nulls(to
 
 
 def test_step_zero_is_at_init_everywhere(toy_run, settings):
-    frame = analyze(toy_run / "step-000000.pt", "cms-similarity", **settings).frame
+    frame = analyze(toy_run / "step-000000.pt", "cms-similarity", **settings).table
     assert set(frame.verdict) == {"at-init"}
 
 
@@ -72,14 +72,14 @@ def test_a_model_of_another_seed_is_hardly_ever_learned(subject_of, settings):
     for seed in range(1, 7):
         subject = Impostor(subject_of(seed=seed).module)
         subject.start, subject.trained_steps = subject_of(seed=0), 200
-        frame = analyze(subject, "cms-similarity", **settings | {"fresh": 10}).frame
+        frame = analyze(subject, "cms-similarity", **settings | {"fresh": 10}).table
         verdicts += list(frame.verdict)
     assert len(verdicts) == 96
     assert verdicts.count("learned") <= 0.05 * len(verdicts)
 
 
 def test_no_interval_no_claim(toy_run, settings):
-    frame = analyze(toy_run / "step-000040.pt", "cms-similarity", **settings | {"tokens": 300}).frame
+    frame = analyze(toy_run / "step-000040.pt", "cms-similarity", **settings | {"tokens": 300}).table
     assert set(frame.verdict) == {"inconclusive"}
     assert frame.ci_low.isna().all()
     assert frame.note.str.contains("groups of documents").all()
@@ -116,13 +116,13 @@ def test_a_statistic_that_overflows_is_missing_and_the_rest_is_there(toy_run, se
     results = analyze(toy_run / "step-000040.pt", [Overflowing(), "integrity"], **settings | {"fresh": 0})
     (message,) = missing_from(results)
     assert message == "step-000040.pt: overflowing (live): the statistic is infinite"
-    assert "frozen_loss" in set(results.frame[results.frame.probe == "integrity"].statistic)
+    assert "frozen_loss" in set(results.table[results.table.probe == "integrity"].statistic)
 
 
 def test_a_null_that_could_not_be_measured_is_never_taken_for_passed(toy_run, settings, monkeypatch):
     trained = load(toy_run / "step-000040.pt")
     monkeypatch.setattr(trained, "own_init", lambda: Deaf(load(toy_run / "step-000000.pt").module))
-    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "other"}).frame
+    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "other"}).table
     assert set(frame.verdict) == {"inconclusive"}
     assert frame.note.str.contains("own-init not measured: hooks never fired").all()
 
@@ -137,7 +137,7 @@ def test_one_fresh_model_that_failed_is_never_taken_for_passed(toy_run, settings
         return made
 
     monkeypatch.setattr(trained, "reinitialised", second_diverges)
-    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "diverged"}).frame
+    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "diverged"}).table
     assert set(frame.verdict) == {"inconclusive"}
     assert frame.note.str.contains("fresh-init not measured: ").all()
     assert frame.p.isna().all()
@@ -145,7 +145,7 @@ def test_one_fresh_model_that_failed_is_never_taken_for_passed(toy_run, settings
 
 def test_own_init_alone_shows_no_learning(toy_run, settings):
     for step, verdicts in (("40", {"inconclusive"}), ("00", {"at-init"})):
-        frame = analyze(toy_run / f"step-0000{step}.pt", "cms-similarity", **settings | {"fresh": 0}).frame
+        frame = analyze(toy_run / f"step-0000{step}.pt", "cms-similarity", **settings | {"fresh": 0}).table
         assert "learned" not in set(frame.verdict)
         assert verdicts <= set(frame.verdict)
         assert frame.note.str.contains("fresh-init was not asked for").all()
@@ -170,11 +170,11 @@ def test_without_own_init_fresh_decides_and_without_either_nothing(toy_run, sett
     trained = load(toy_run / "step-000040.pt")
     monkeypatch.setattr(trained, "own_init", nothing)
     results = analyze(trained, "cms-similarity", **settings)
-    assert "learned" in set(results.frame.verdict)
-    assert results.frame.note.str.contains("own-init absent: no such weights.*fresh-init alone decides").all()
+    assert "learned" in set(results.table.verdict)
+    assert results.table.note.str.contains("own-init absent: no such weights.*fresh-init alone decides").all()
     assert results.checkpoint["own_init"] == "absent: no such weights"
     monkeypatch.setattr(trained, "reinitialised", nothing)
-    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "empty"}).frame
+    frame = analyze(trained, "cms-similarity", **settings | {"cache_dir": toy_run / "empty"}).table
     assert set(frame.verdict) == {"inconclusive"}
     assert frame.note.str.contains("fresh-init not measured: no such weights").all()
 
@@ -185,7 +185,7 @@ def test_a_statistic_undefined_at_initialisation_is_inconclusive(toy_run, settin
     for weight in start.module.blocks[0].cms.levels["slow"].parameters():
         weight.data.zero_()
     monkeypatch.setattr(trained, "own_init", lambda: start)
-    frame = analyze(trained, "cms-similarity", **settings).frame
+    frame = analyze(trained, "cms-similarity", **settings).table
     row = frame[(frame.statistic == "delta_cosine") & (frame.layer == 0)].iloc[0]
     assert row.verdict == "inconclusive"
     assert "not comparable with own-init" in row.note
@@ -198,15 +198,15 @@ def test_neither_batch_size_nor_the_cache_changes_results(toy_run, settings, tmp
     assert cached.to_json() == base.to_json()
     small = analyze(path, BOTH, **settings | {"cache_dir": tmp_path / "b", "fresh": 3, "batch": 11})
     numbers = ["value", "ci_low", "ci_high", "min_detectable"]
-    np.testing.assert_allclose(small.frame[numbers], base.frame[numbers], atol=1e-4, rtol=1e-4)
-    assert list(small.frame.verdict) == list(base.frame.verdict)
+    np.testing.assert_allclose(small.table[numbers], base.table[numbers], atol=1e-4, rtol=1e-4)
+    assert list(small.table.verdict) == list(base.table.verdict)
     assert small.data == base.data
 
 
 def test_fresh_init_is_compared_on_the_same_prefix(toy_run, settings):
     path = toy_run / "step-000040.pt"
-    frame = analyze(path, "cms-similarity", **settings, fresh_tokens=700).frame
-    there = analyze(path, "cms-similarity", **settings | {"tokens": 700, "fresh": 0}).frame
+    frame = analyze(path, "cms-similarity", **settings, fresh_tokens=700).table
+    there = analyze(path, "cms-similarity", **settings | {"tokens": 700, "fresh": 0}).table
     ranks = frame[frame.statistic == "output_cosine"]
     for row in ranks.itertuples():
         same = there[(there.statistic == row.statistic) & (there.layer == row.layer)].iloc[0]
@@ -216,7 +216,7 @@ def test_fresh_init_is_compared_on_the_same_prefix(toy_run, settings):
 def test_several_checkpoints_are_told_apart(toy_run, settings):
     paths = [toy_run / f"step-0000{step}.pt" for step in ("00", "40")]
     results = analyze(paths, "integrity", **settings | {"fresh": 0})
-    assert set(results.frame.checkpoint) == {"step-000000.pt", "step-000040.pt"}
+    assert set(results.table.checkpoint) == {"step-000000.pt", "step-000040.pt"}
     assert [c["step"] for c in results.checkpoint["checkpoints"]] == [0, 40]
     assert missing_from(results) == []
 

@@ -34,7 +34,7 @@ def test_equal_file_names_get_their_folders(toy_run, settings, tmp_path):
     other.parent.mkdir()
     other.write_bytes((toy_run / "step-000000.pt").read_bytes())
     results = analyze([toy_run / "step-000000.pt", other], "integrity", **settings | {"fresh": 0})
-    assert set(results.frame.checkpoint) == {f"{toy_run.name}/step-000000.pt", "b/step-000000.pt"}
+    assert set(results.table.checkpoint) == {f"{toy_run.name}/step-000000.pt", "b/step-000000.pt"}
     with pytest.raises(BadInputError, match="two checkpoints have one name"):
         analyze([other, other], "integrity", **settings)
 

@@ -71,13 +71,13 @@ def test_json_round_trips_and_is_strict():
 
 def test_frames_have_all_columns_even_when_empty():
     for results in (example(), Results()):
-        assert list(results.frame.columns) == [
+        assert list(results.table.columns) == [
             *KEY,
             *("value", "unit", "ci_low", "ci_high", "n_tokens", "n_groups", "dtype"),
             *("min_detectable", "p", "q", "verdict", "note"),
         ]
-        assert list(results.nulls_frame.columns) == [*KEY, "null_kind", "value", "low", "high", "n"]
-    frame = example().frame
+        assert list(results.nulls.columns) == [*KEY, "null_kind", "value", "low", "high", "n"]
+    frame = example().table
     assert frame["layer"].tolist() == [3, pd.NA]
     assert frame["verdict"].tolist() == ["learned", "n/a"]
     assert frame["value"].dtype == np.float64
@@ -157,9 +157,9 @@ def test_duplicate_keys_raise_and_add_nothing():
         results.extend([row(layer=9)], [null()])
     with pytest.raises(ValueError, match="two rows have the key"):
         results.extend(example())
-    assert len(results.rows) == len(results.nulls) == 2
+    assert len(results.rows) == len(results.null_rows) == 2
     results.extend(Results([row(layer=9)], [null(layer=9)]))
-    assert len(results.rows) == len(results.nulls) == 3
+    assert len(results.rows) == len(results.null_rows) == 3
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_a_silent_level_is_no_signal_and_never_nan_alone(configs, subject_of, to
     with torch.no_grad():
         levels(subject)["slow"].w_out.zero_()
         levels(subject)["slow"].b_out.fill_(bias)
-    frame = analyze(subject, PROBE.name, **settings).frame
+    frame = analyze(subject, PROBE.name, **settings).table
     touched = frame[(frame.layer == 0) & frame.component.str.contains("slow")]
     assert set(touched.verdict) == {"no-signal"}
     assert touched.note.str.contains(f"what slow adds is {word}").all()
@@ -168,7 +168,7 @@ def test_three_levels_give_three_pairs_and_one_level_none(configs, subject_of, t
     assert found[Place("output_cka", 0, "mid|slow")].estimate.plug_in == pytest.approx(cka, abs=1e-6)
 
     alone = subject_of(dataclasses.replace(configs["toy"], cms_levels=three[:1], layers=1))
-    frame = analyze(alone, PROBE.name, **settings | {"fresh": 0}).frame
+    frame = analyze(alone, PROBE.name, **settings | {"fresh": 0}).table
     pairs, ranks = frame[frame.component == ""], frame[frame.component == "fast"]
     assert set(pairs.verdict) == {"n/a"}
     assert len(pairs) == 4

@@ -43,7 +43,7 @@ def impostor(model, start, step=200, **told):
 
 def frame_of(subject, settings, **options):
     results = analyze(subject, PROBE.name, **settings | options)
-    return results.frame.set_index(["statistic", "component"]), results
+    return results.table.set_index(["statistic", "component"]), results
 
 
 def test_a_trained_checkpoint_is_learned(toy_run, settings):
@@ -55,7 +55,7 @@ def test_a_trained_checkpoint_is_learned(toy_run, settings):
     assert set(distances.index) == {"embed", "selfmod", "cms", "norm", "all"}
     assert set(distances.verdict) == {"inconclusive"}, "a distance alone decides nothing"
     assert distances.note.str.contains("decides nothing").all()
-    nulls = results.nulls_frame.set_index(["statistic", "component", "null_kind"]).value
+    nulls = results.nulls.set_index(["statistic", "component", "null_kind"]).value
     for group, row in distances.iterrows():
         assert 0 < row.value <= nulls["distance_from_init", group, "optimiser"]
     assert frame.loc[("keys_loaded", "")].value == nulls["keys_loaded", "", "analytic"] == 69
@@ -73,7 +73,7 @@ def test_loss_and_its_nulls_agree_with_a_reference(toy_run, toy_data, settings):
 
     subject = load(toy_run / "step-000040.pt")
     assert frame.loc[("frozen_loss", "")].value == pytest.approx(frozen(subject), abs=1e-6)
-    nulls = results.nulls_frame.set_index(["statistic", "null_kind"]).value
+    nulls = results.nulls.set_index(["statistic", "null_kind"]).value
     assert nulls["frozen_loss", "own-init"] == pytest.approx(frozen(subject.own_init()), abs=1e-6)
     assert nulls["frozen_loss", "analytic"] == pytest.approx(math.log(97))
     targets = np.concatenate([r[1 : n + 1] for r, n in zip(batch.tokens, batch.lengths, strict=True)])
@@ -109,7 +109,7 @@ def test_another_seed_with_a_lower_loss_is_untrained_all_the_same(configs, subje
     config = published(configs["toy"])
     fake = impostor(subject_of(config, 0).module, subject_of(config, 4))
     frame, results = frame_of(fake, settings)
-    nulls = results.nulls_frame.set_index(["statistic", "null_kind"])
+    nulls = results.nulls.set_index(["statistic", "null_kind"])
     own = nulls.loc[("frozen_loss", "own-init")]
     assert frame.loc[("frozen_loss", "")].ci_high < own.low - 0.05, "lower than its alleged start, surely"
     assert set(frame.verdict) == {"untrained"}

@@ -336,7 +336,7 @@ def test_contrasts_are_judged_beside_their_own_nulls(toy_run, settings):
     row = next(row for row in results.rows if row.statistic == "gain")
     assert row.condition == "live - frozen"
     assert row.ci_low <= row.value <= row.ci_high
-    nulls = {null.null_kind: null for null in results.nulls if null.statistic == "gain"}
+    nulls = {null.null_kind: null for null in results.null_rows if null.statistic == "gain"}
     assert set(nulls) == {"own-init", "fresh-init"}
     start = load(toy_run / "step-000000.pt")
     made = EvalWindows(settings["data"], "all", context=32, tokens=1600, batch=50)

@@ -19,7 +19,7 @@ GENERATORS = ("k", "v", "eta", "alpha")
 def frame_of(checkpoint, settings):
     results = analyze(checkpoint, [PROBE], **settings)
     assert not missing_from(results)
-    return results.frame
+    return results.table
 
 
 def of(frame, statistic, layer, component):
