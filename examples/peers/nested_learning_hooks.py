@@ -150,27 +150,42 @@ class HookedPeer(Hooked, nn.Module):
         if not reads:
             return inside
         losses = self.hook_surprise(_stacked({r: x.losses for r, x in reads.items()}, inside.shape))
-        for name, like in next(iter(reads.values())).seen.items():
-            if (point := self.hook_dict[name]).active:
-                shape = (*inside.shape, like.shape[-1])
-                point(_stacked({r: x.seen[name][0] for r, x in reads.items()}, shape))
+        self._show({r: x.seen for r, x in reads.items()}, inside.shape)
         self._write(tokens, rows, reads, self._gates(reads, inside))
         return losses
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, rows: Sequence[ModelFastState]) -> Tensor:
+        """Logits (B, n, V) after each of the tokens (B, n) that come next; nothing is written."""
+        reads = {r: self._forward(tokens[r : r + 1], row) for r, row in enumerate(rows)}
+        self._show({r: seen for r, (_, _, seen) in reads.items()}, tokens.shape)
+        return torch.cat([logits for logits, _, _ in reads.values()])
+
+    def _forward(self, tokens: Tensor, row: ModelFastState) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        """Read one row (1, n): logits, the blocks' outputs, and what hook points show."""
+        self._seen = seen = {}
+        try:
+            logits, _, outputs = self.peer.forward_with_block_outputs(tokens, fast_state=row)
+        finally:
+            self._seen = None
+        for i in range(len(outputs)):
+            seen[f"blocks.{i}.selfmod.hook_out"] = seen[f"blocks.{i}.cms.{self.levels[0]}.hook_in"]
+        return logits, outputs, seen
+
+    def _show(self, seen: Mapping[int, Mapping[str, Tensor]], shape: Sequence[int]) -> None:
+        """Fire the points of what was read, rows side by side."""
+        for name, like in next(iter(seen.values())).items():
+            if (point := self.hook_dict[name]).active:
+                point(_stacked({r: shown[name][0] for r, shown in seen.items()}, (*shape, like.shape[-1])))
 
     def _read(self, tokens: Tensor, row: ModelFastState) -> _Read:
         from nested_learning.training import _compute_layer_teach_signals, compute_teach_signal
 
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        self._seen = seen = {}
-        try:
-            with torch.set_grad_enabled(torch.is_grad_enabled() or self.per_layer_teach):
-                logits, _, outputs = self.peer.forward_with_block_outputs(inputs, fast_state=row)
-                losses = F.cross_entropy(logits[0], targets[0], reduction="none")
-                loss = losses.mean()
-        finally:
-            self._seen = None
-        for i in range(len(outputs)):
-            seen[f"blocks.{i}.selfmod.hook_out"] = seen[f"blocks.{i}.cms.{self.levels[0]}.hook_in"]
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.per_layer_teach):
+            logits, outputs, seen = self._forward(inputs, row)
+            losses = F.cross_entropy(logits[0], targets[0], reduction="none")
+            loss = losses.mean()
         if self.per_layer_teach:
             signals = _compute_layer_teach_signals(loss, outputs)
             signal: dict[str, Any] = {"teach_signals": signals}

@@ -11,8 +11,8 @@ as they stand, scores, computes its teach signal and its gate, and reads again t
 `train.online_updates`, and the whole window where it was not: no read of such a model ever sees a write of its
 own window. What follows from the package's code and is shown as it is:
 
-- A call writes all that is pending when it ends, so a memory's chunk is never longer than a tick; the
-  convolution sees zeros before a call.
+- A call writes all that is pending when it ends, so a memory's chunk is never longer than a tick, and fast
+  weights are shown as they stand then. The convolution sees zeros before a call.
 - The surprise gate holds CMS writes back, a call at a time, and never self-modification.
 - `m_k`, `m_v`, `m_eta` and `m_alpha` get no gradient from the loss, and `m_q` none and no write either unless
   `self_mod_adaptive_q`. So `m_q` is a witness: two files of one run have the same, bit for bit.
@@ -37,7 +37,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from nested_learning_hooks import CMS_WEIGHTS, MEMORY_WEIGHTS, HookedPeer
@@ -116,6 +116,14 @@ class NestedLearningSubject(Subject):
         out = self.module(torch.cat([tokens, next_token[:, None]], dim=1), None, state)
         return out.losses, out.state
 
+    def logits(self, state: Any, tokens: Tensor) -> Tensor:
+        """Logits (B, n, V) after each of at most a tick of tokens, read without writing, hooks firing."""
+        if tokens.shape[1] > self.tick:
+            raise BadInputError(
+                f"logits are read a call at a time, {self.tick} tokens, not {tokens.shape[1]}"
+            )
+        return self.module.logits(tokens, state)
+
     def loss(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy, differentiable as in the package's training: reads are, writes are not."""
         out = self.module(tokens, lengths)
@@ -126,12 +134,17 @@ class NestedLearningSubject(Subject):
         return [copy.deepcopy(state[r]) for r in rows]
 
     def write_periods(self) -> Mapping[str, int]:
-        """Tokens between two writes: of a memory its chunk, at most a call."""
-        config = self.module.peer.config
-        chunk, of_memory = config.self_mod_chunk_size, config.self_mod_chunk_size_memory
-        chunks = {m: (of_memory or chunk) if m == "memory" else chunk for m in self.module.memories}
-        periods = {f"selfmod.{m}": min(c, self.tick) for m, c in chunks.items()}
-        return periods | {f"cms.{spec.name}": spec.update_period for spec in config.cms_levels}
+        """Tokens until a read can see the next write: a call's at least, as a call reads before it writes."""
+        levels = {
+            f"cms.{s.name}": max(s.update_period, self.tick) for s in self.module.peer.config.cms_levels
+        }
+        return {f"selfmod.{memory}": self.tick for memory in self.module.memories} | levels
+
+    def decay_target(self) -> Mapping[str, Literal["init", "zero"]]:
+        """Memories decay towards zero; CMS levels do not decay."""
+        if not self.module.peer.config.self_mod_use_alpha:
+            return {}
+        return {f"selfmod.{memory}": "zero" for memory in self.module.memories}
 
     def meta_weights(self) -> Mapping[str, Tensor]:
         """Meta weights by the hook point of their fast weights."""
@@ -151,9 +164,15 @@ class NestedLearningSubject(Subject):
         return found
 
     def parameter_groups(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Weights by mechanism: embed (and head, they are one tensor), selfmod, cms, norm."""
+        """Weights by mechanism: embed (and head, they are one tensor), selfmod, cms, norm.
+
+        Probes find layer and component in names like `blocks.0.cms.fast.net.1.weight`, `blocks.0.selfmod.k.w1`.
+        """
         groups: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.module.peer.named_parameters():
+        for theirs, parameter in self.module.peer.named_parameters():
+            name = theirs.replace(".cms.blocks.", ".cms.")
+            if ".selfmod.m_" in name:
+                name = name.replace(".selfmod.m_", ".selfmod.").removesuffix(".weight")
             parts = name.split(".")
             groups.setdefault(parts[2] if parts[0] == "blocks" else parts[0], {})[name] = parameter
         return groups
@@ -221,7 +240,7 @@ class NestedLearningSubject(Subject):
         return "" if same else "is of another run: m_q differs, which nothing in this package changes"
 
     def _witness(self) -> dict[str, Tensor]:
-        return {n: p for n, p in self.parameter_groups()["selfmod"].items() if ".m_q." in n}
+        return {n: p for n, p in self.parameter_groups()["selfmod"].items() if ".selfmod.q." in n}
 
     def siblings(self) -> Sequence[Path]:
         """Checkpoints of the same run, by step."""

@@ -12,6 +12,9 @@ from hopeprobe.subject import MissingCapability, load
 pytestmark = pytest.mark.peers
 
 
+MEMORIES = ("k", "v", "q", "eta", "alpha", "memory")
+
+
 def make(seed=0, **parts):
     from nested_learning_subject import NestedLearningSubject
 
@@ -125,6 +128,7 @@ def test_a_window_at_once_where_training_was_not_online(tokens):
         logits = subject.module.peer(tokens[:, :-1])
     plain = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:], reduction="none")
     torch.testing.assert_close(out.losses, plain, rtol=0, atol=1e-5)
+    assert set(subject.write_periods().values()) == {40}
     _, state = package_stream(make().module.peer, tokens[:1], 40)
     assert_same(out.state[0], state)
 
@@ -159,6 +163,15 @@ def test_a_state_is_continued_and_left_as_it_is(tokens):
     losses, stepped = subject.step(first.state, tokens[:, 16:24], tokens[:, 24])
     torch.testing.assert_close(losses.detach(), whole.losses[:, 16:24], rtol=0, atol=1e-6)
     assert_same(subject.select_rows(stepped, [2, 0])[1], stepped[0])
+    with subject.module.caching("blocks.1.cms.slow.hook_out") as cache:
+        logits = subject.logits(first.state, tokens[:, 16:24])
+    read = torch.nn.functional.cross_entropy(logits.mT, tokens[:, 17:25], reduction="none")
+    torch.testing.assert_close(read, whole.losses[:, 16:24], rtol=0, atol=1e-6)
+    assert cache["blocks.1.cms.slow.hook_out"].shape == (3, 8, 16)
+    for a, b in zip(first.state, kept, strict=True):
+        assert_same(a, b)
+    with pytest.raises(BadInputError, match="8 tokens, not 9"):
+        subject.logits(first.state, tokens[:, :9])
     with pytest.raises(BadInputError, match="a step takes 8 tokens, not 7"):
         subject.step(first.state, tokens[:, 16:23], tokens[:, 24])
 
@@ -188,7 +201,7 @@ def test_frozen_by_mechanism(tokens):
         same = tensors(start)
         return {name.split(".")[1] for name, t in after.items() if not torch.equal(t, same[name])}
 
-    memories = {"k", "v", "eta", "alpha", "memory"}  # q is static
+    memories = set(MEMORIES) - {"q"}  # static
     assert moved("cms") == memories
     assert moved("cms.slow") == {*memories, "fast"}
     assert moved("selfmod") == {"fast", "slow"}
@@ -251,13 +264,14 @@ def test_what_the_points_show(tokens):
         cache["blocks.0.cms.slow.hook_fast_in"][1, -1], meta["blocks.0.cms.slow.hook_fast_in"] + delta
     )
     # The published rule's collapse: a ratio of one half a token.
+    assert subject.decay_target() == {f"selfmod.{m}": "zero" for m in MEMORIES if m != "q"}
     ratio = (
         cache["blocks.0.selfmod.k.hook_fast_w2"][0, 1].norm() / meta["blocks.0.selfmod.k.hook_fast_w2"].norm()
     )
     assert 1e-6 < float(ratio) < 1e-3
     periods = subject.write_periods()
     assert periods == {
-        **dict.fromkeys([f"selfmod.{m}" for m in ("k", "v", "eta", "alpha", "memory")], 8),
+        **dict.fromkeys([f"selfmod.{m}" for m in MEMORIES if m != "q"], 8),
         "cms.fast": 8,
         "cms.slow": 16,
     }  # fmt: skip
@@ -300,7 +314,10 @@ def test_a_file_that_the_package_saved(toy_run):
     groups = subject.parameter_groups()
     assert list(groups) == ["embed", "selfmod", "cms", "norm"]
     assert sum(map(len, groups.values())) == told["keys"] - 1  # the head is the embedding
-    assert sum(".m_" in name for name in groups["selfmod"]) == 2 * (2 + 2 + 2 + 3 + 3 + 2)
+    named = [f"blocks.0.selfmod.{m}.{w}" for m in MEMORIES for w in ("w1", "w2", "w_skip")]
+    assert len(groups["selfmod"].keys() & set(named)) == 2 + 2 + 2 + 3 + 3 + 2
+    levels = [name for name in groups["cms"] if name.startswith("blocks.1.cms.fast.")]
+    assert len(levels) == 6  # LayerNorm, two matrices, two biases
 
 
 def test_own_init_is_the_step_0_file_of_this_run_and_no_other(toy_run, tmp_path):
