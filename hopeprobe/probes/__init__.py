@@ -6,6 +6,8 @@ passes          one pass over the data, under one condition, that feeds all prob
 measure         all conditions of one model, then what compares them
 integrity       are these the trained weights?
 cms_similarity  do levels repeat each other?
+surprise        how surprising is the text to the model, token by token?
+gate_selectivity  does the surprise gate select, and which tokens does it keep?
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from hopeprobe.errors import BadInputError, near_names
 
 from .base import Accumulator, Finding, Measurement, NullValue, Place, Probe, Quantity
 from .cms_similarity import CMSSimilarity
+from .gate_selectivity import GateSelectivity
 from .integrity import Integrity
+from .surprise import Surprise
 
 PROBES: dict[str, Probe] = {
     probe.name: probe
     for probe in (
         Integrity(),
         CMSSimilarity(),
+        Surprise(),
+        GateSelectivity(),
     )
 }
 """Every probe, by name, in the order in which reports show them."""

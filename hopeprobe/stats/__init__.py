@@ -3,6 +3,7 @@
 groups         the 64 fixed groups of documents
 accumulators   streaming moments per group
 moments        what accumulators compute, and how it is pooled
+histogram      quantiles of a stream: descriptors, without an interval
 similarity     linear CKA, effective rank, cosine
 jackknife      estimates with intervals, paired differences
 verdict        the one rule: learned, at-init or inconclusive
@@ -11,6 +12,7 @@ verdict        the one rule: learned, at-init or inconclusive
 from .accumulators import GroupedCovariance, GroupedCrossCovariance, GroupedMean, GroupedMoments
 from .arrays import as_float64
 from .groups import GROUPS, MIN_GROUPS
+from .histogram import Histogram
 from .jackknife import Estimate, jackknife, jackknife_each, p_value, paired_difference
 from .moments import Moments
 from .similarity import (
@@ -40,6 +42,7 @@ __all__ = [
     "GroupedCrossCovariance",
     "GroupedMean",
     "GroupedMoments",
+    "Histogram",
     "Judgement",
     "Moments",
     "TokenCosine",
