@@ -45,6 +45,7 @@ from scipy.special import xlogy
 
 from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import (
+    GROUPS,
     GroupedCovariance,
     GroupedMean,
     GroupedMoments,
@@ -106,7 +107,7 @@ def declared_threshold(subject: Subject) -> float | None:
 def binary_entropy(p: FloatArray) -> FloatArray:
     """−p log2 p − (1 − p) log2(1 − p), bits, in [0, 1]; p in [0, 1], NaN stays NaN."""
     p = np.clip(p, 0.0, 1.0)  # a mean of zeros and ones may round to a little more than 1
-    return as_float64(-(xlogy(p, p) + xlogy(1.0 - p, 1.0 - p)) / math.log(2))
+    return as_float64(0.0 - (xlogy(p, p) + xlogy(1.0 - p, 1.0 - p)) / math.log(2))  # no −0
 
 
 def pass_rate(moments: Moments, column: int) -> FloatArray:
@@ -359,7 +360,7 @@ class _OfGate(Quantity):
                 f"{n - kept} of {n} tokens are dropped" if n - kept < kept else f"{kept} of {n} tokens pass"
             )
             return Verdict.INCONCLUSIVE, (
-                f"{rarer}, in {groups} groups of documents: an interval needs {MIN_RARE_GROUPS}"
+                f"{rarer}, in {groups} of {GROUPS} groups of documents: an interval needs {MIN_RARE_GROUPS}"
             )
         return None, ""
 

@@ -9,6 +9,8 @@ import zipfile
 import pytest
 import torch
 
+from hopeprobe.probes import PROBES
+
 
 def analyze(call, checkpoint, text, *more):
     return call("analyze", checkpoint, "--data", text, "--split", "all", "--tokens", 4000, *more)
@@ -111,7 +113,8 @@ def test_hooks_probes_params(call, trained):
     assert call("hooks", trained / "step-000003.pt", "--format", "markdown").out.startswith(
         "| name | shape |"
     )
-    assert "cms-similarity" in call("probes").out
+    listed = call("probes").out
+    assert [name for name in PROBES if name not in listed] == []
     params = call("params").out
     assert all(size in params for size in ("~19M", "~73.1M", "23.13M", "80.37M"))
 
