@@ -68,7 +68,7 @@ class Generated(NamedTuple):
 
 
 def _rows_times(x: Tensor, w: Tensor) -> Tensor:
-    """X W^T of few rows (B, n, d) and tall matrices (B, out, d); twice as fast as written the other way round."""
+    """X W^T of few rows (B, 8, d) and tall matrices (B, out, d): half the time of `x @ w.mT`; from 16 rows on, more."""
     return (w @ x.mT).mT.contiguous()
 
 
@@ -81,7 +81,7 @@ def _read(x: Tensor, w: Weights) -> Reading:
     batch, n, _ = x.shape
     m, h = w.w2.shape[1:3]
     n_vector = w.w1.shape[1]
-    pre = _rows_times(x, w.w2.flatten(1, 2)).view(batch, n, m, h)
+    pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
     hidden = F.gelu(pre)
     of_vectors, of_scalars = hidden.split_with_sizes([n_vector, m - n_vector], dim=2)
     vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
