@@ -7,12 +7,28 @@ traceback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from types import FrameType
+
+_INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; the entry point `hopeprobe`."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if (
+        in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # not where it is ignored (nohup)
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """Stop at the first interrupt as soon as the batches under way are done, at the second at once."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    raise KeyboardInterrupt
 
 
 def run(arguments: list[str]) -> int:
@@ -36,8 +52,7 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         if debug:
             raise
-        print("hopeprobe: interrupted; checkpoints written so far are complete", file=sys.stderr)
-        return 130
+        return _interrupted()
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader went away, `hopeprobe hooks ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +67,14 @@ def run(arguments: list[str]) -> int:
             raise  # a defect of ours shows its traceback
         error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]
+    if result == _INTERRUPTED:  # some versions of typer turn an interrupt into this status themselves
+        return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    print("hopeprobe: interrupted; checkpoints written so far are complete", file=sys.stderr)
+    return _INTERRUPTED
 
 
 __all__ = ["main", "run"]

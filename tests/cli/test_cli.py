@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
@@ -326,7 +327,25 @@ def test_an_interrupt_is_status_130(monkeypatch, call, text, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training, "train", interrupted)
-    assert call("train", "--data", text, "--out", tmp_path / "run").code == 130
+    done = call("train", "--data", text, "--out", tmp_path / "run")
+    assert done.code == 130
+    assert "interrupted" in done.err
+
+
+def test_a_second_interrupt_waits_for_nothing(monkeypatch):
+    import hopeprobe.cli as cli
+
+    left = []
+    monkeypatch.setattr("os._exit", left.append)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            cli._interrupt(signal.SIGINT, None)
+        assert not left
+        signal.raise_signal(signal.SIGINT)
+        assert left == [130]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
