@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
+from pathlib import Path
 
 import numpy as np
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VOCAB = 97
 CONFIG = {
     "model": {
@@ -79,3 +82,11 @@ def train(folder, config, initial_seed):
         warnings.simplefilter("ignore")  # its data loader's
         run_training_loop(cfg, device=torch.device("cpu"))
     return run
+
+
+def recipe():
+    """The module examples/reconstruction.py, fresh."""
+    spec = importlib.util.spec_from_file_location("reconstruction", EXAMPLES / "reconstruction.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
