@@ -17,8 +17,8 @@ Verdicts. `no-signal` for what never moved, or did nothing but shrink, as weight
     0 < c = ⟨θ_n, θ_0⟩ / ‖θ_0‖² < 1   and   ‖θ_n − c θ_0‖ ≤ n u ‖θ_0‖       n steps, u the rounding of one
 
 `inconclusive` for all else: a distance has no interval over documents, so it decides nothing alone; the note says
-when distance and norm are those of another initialisation (their range, or 5 %), or further than the optimiser can go. At
-step 0 nothing could move yet.
+when distance and norm are those of another initialisation (their range, or 5 %), or further than the optimiser can
+go. At step 0 nothing could move yet.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Walking a run: distances against NumPy on the raw files, and what must not be mixed in."""
 
+import itertools
 import shutil
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_several_parameters_are_one_vector(toy_run):
     np.testing.assert_allclose(found.to_end, expected.to_end, rtol=1e-12)
     np.testing.assert_allclose(
         [d for *_, d in found.drifts()],
-        [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in zip(points[:-1], points[1:], strict=True)],
+        [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in itertools.pairwise(points)],
     )
 
 
