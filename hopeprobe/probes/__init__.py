@@ -5,7 +5,11 @@ readings        what a probe reads of one batch: hook points, whole or reduced
 passes          one pass over the data, under one condition, that feeds all probes
 measure         all conditions of one model, then what compares them
 integrity       are these the trained weights?
+effects         what a mechanism changes in the loss, and when that may be called help
+middle          half of a window read, fast weights changed, and the rest read
 cms_similarity  do levels repeat each other?
+cms_contribution  what does each level of the CMS buy?
+adaptation      which mechanism's writes help?
 surprise        how surprising is the text to the model, token by token?
 gate_selectivity  does the surprise gate select, and which tokens does it keep?
 """
@@ -14,7 +18,9 @@ from __future__ import annotations
 
 from hopeprobe.errors import BadInputError, near_names
 
+from .adaptation import Adaptation
 from .base import Accumulator, Finding, Measurement, NullValue, Place, Probe, Quantity
+from .cms_contribution import CMSContribution
 from .cms_similarity import CMSSimilarity
 from .gate_selectivity import GateSelectivity
 from .integrity import Integrity
@@ -25,6 +31,8 @@ PROBES: dict[str, Probe] = {
     for probe in (
         Integrity(),
         CMSSimilarity(),
+        CMSContribution(),
+        Adaptation(),
         Surprise(),
         GateSelectivity(),
     )
