@@ -4,7 +4,7 @@ groups         the 64 fixed groups of documents
 accumulators   streaming moments per group
 moments        what accumulators compute, and how it is pooled
 histogram      quantiles of a stream: descriptors, without an interval
-similarity     linear CKA, effective rank, cosine
+similarity     canonical correlations, linear CKA, effective rank, cosine
 jackknife      estimates with intervals, paired differences
 verdict        the one rule: learned, at-init or inconclusive
 """
@@ -13,23 +13,30 @@ from .accumulators import GroupedCovariance, GroupedCrossCovariance, GroupedMean
 from .arrays import as_float64
 from .groups import GROUPS, MIN_GROUPS
 from .histogram import Histogram
-from .jackknife import Estimate, jackknife, jackknife_each, p_value, paired_difference
+from .jackknife import Estimate, jackknife, jackknife_each, p_value, paired_difference, second_order
 from .moments import Moments
 from .similarity import (
+    CCA_BOUNDS,
     CKA_BOUNDS,
     COSINE_BOUNDS,
+    Spectrum,
     TokenCosine,
+    canonical,
+    cca,
+    cca_of,
     cka_of,
     effective_rank,
     effective_rank_of,
     linear_cka,
     mean_of,
+    rounding,
     token_cosine,
     varies,
 )
 from .verdict import CLAIMS, Evidence, FreshInit, Judgement, Verdict, judge
 
 __all__ = [
+    "CCA_BOUNDS",
     "CKA_BOUNDS",
     "CLAIMS",
     "COSINE_BOUNDS",
@@ -45,9 +52,13 @@ __all__ = [
     "Histogram",
     "Judgement",
     "Moments",
+    "Spectrum",
     "TokenCosine",
     "Verdict",
     "as_float64",
+    "canonical",
+    "cca",
+    "cca_of",
     "cka_of",
     "effective_rank",
     "effective_rank_of",
@@ -58,6 +69,8 @@ __all__ = [
     "mean_of",
     "p_value",
     "paired_difference",
+    "rounding",
+    "second_order",
     "token_cosine",
     "varies",
 ]

@@ -30,6 +30,7 @@ cosines that crowd against 1 at 93 %; strongly skewed values (document effects l
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -40,14 +41,16 @@ from hopeprobe.errors import MeasurementError
 
 from .accumulators import GroupedMoments
 from .groups import MIN_GROUPS
+from .moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .arrays import FloatArray
-    from .moments import Moments
 
 _CHUNK = 8  # leave-out replicates in memory at once, whatever the number of groups
+_SECOND_ORDER = 0.25  # of a standard error: intervals shifted by as much cover 94 % rather than 95 %
+_ROUNDING = 1e-9
 UNBOUNDED = (-np.inf, np.inf)
 
 
@@ -103,9 +106,12 @@ def jackknife(
 def jackknife_each(
     statistic: Callable[..., FloatArray],
     *sources: GroupedMoments | Moments,
-    bounds: tuple[float, float] = UNBOUNDED,
+    bounds: tuple[float | FloatArray, float | FloatArray] = UNBOUNDED,
 ) -> np.ndarray[Any, np.dtype[np.object_]]:
-    """Do as `jackknife` for a statistic that returns [B, *S]: an object array [*S] of `Estimate`."""
+    """Do as `jackknife` for a statistic that returns [B, *S]: an object array [*S] of `Estimate`.
+
+    `bounds` may differ within S: arrays that broadcast to it.
+    """
     if not sources:
         raise ValueError("the jackknife needs at least one accumulator")
     moments = [s.compute() if isinstance(s, GroupedMoments) else s for s in sources]
@@ -126,8 +132,10 @@ def jackknife_each(
     n_tokens = min(int(m.n.sum()) for m in moments)
     estimates = np.empty(plug_in.shape, dtype=object)
     columns = influence.reshape(n.size, -1)
+    low, high = (np.broadcast_to(bound, plug_in.shape).ravel() for bound in bounds)
     for i, value in enumerate(plug_in.ravel().tolist()):
-        estimates.flat[i] = _estimate(value, columns[:, i].copy(), weights, n_groups, n_tokens, bounds)
+        within = float(low[i]), float(high[i])
+        estimates.flat[i] = _estimate(value, columns[:, i].copy(), weights, n_groups, n_tokens, within)
     return estimates
 
 
@@ -147,6 +155,45 @@ def paired_difference(a: Estimate, b: Estimate) -> Estimate:
     return _estimate(a.plug_in - b.plug_in, a.influence - b.influence, a.weights, a.n_groups, a.n, UNBOUNDED)
 
 
+def second_order(
+    statistic: Callable[[Moments], FloatArray],
+    source: GroupedMoments | Moments,
+    estimates: np.ndarray[Any, np.dtype[np.object_]],
+    bounds: tuple[float, float] = UNBOUNDED,
+) -> np.ndarray[Any, np.dtype[np.object_]]:
+    """Take off the bias of order 1/n² too: for statistics whose bias is large beside their spread.
+
+    With a bias of b₁/n + b₂/n² on top of θ, the plain value of all tokens is θ_n = θ + b₁ + b₂, the centre of
+    `jackknife_each`'s estimates θ − b₂, and half of the groups give θ_{n/2} = θ + 2b₁ + 4b₂, so that
+
+        b₂ = (θ_{n/2} − θ_n) − (θ_n − centre)
+
+    is added to the centre, spread over the influences by the groups' weights: standard errors stay as they are,
+    and paired differences are corrected too. θ_{n/2} is a mean over four ways to halve the groups and the other
+    halves, in which all that is linear in the groups cancels. Where b₂ is more than a quarter of the standard
+    error the orders that follow count too, and no interval is claimed; nor where half is too little for the
+    statistic (NaN). Cost: 8 evaluations.
+
+    Canonical correlations, 95 % nominal, in simulations like those above: 94–96 %. With 64 documents, 32 dimensions
+    and 115 tokens for each the plain jackknife covers 80 % of weak correlations, and this claims no interval.
+    """
+    moments = source.compute() if isinstance(source, GroupedMoments) else source
+    groups = np.flatnonzero(moments.n > 0)
+    if len(groups) < MIN_GROUPS:
+        return estimates  # which have no interval
+    halves = np.zeros((8, moments.n.size))
+    for row, (way, side) in enumerate(itertools.product(range(4), range(2))):
+        halves[row, groups[(np.arange(len(groups)) >> way) % 2 == side]] = 1.0
+    of_half = _evaluate(statistic, [moments.pool(halves)], bounds).mean(axis=0)
+    corrected = np.empty(estimates.shape, dtype=object)
+    for at, e in np.ndenumerate(estimates):
+        b2 = (of_half[at] - e.plug_in) + e.influence.sum()
+        small = abs(b2) <= _SECOND_ORDER * e.se + _ROUNDING
+        influence = e.influence + (b2 if small else np.nan) * e.weights
+        corrected[at] = _estimate(e.plug_in, influence, e.weights, e.n_groups, e.n, bounds)
+    return corrected
+
+
 def p_value(estimate: Estimate) -> float:
     """Two-sided p of the jackknife-t test that the true value is 0; NaN where no interval is claimed."""
     return t_test(estimate.value, estimate.se, estimate.df)
@@ -160,7 +207,9 @@ def t_test(difference: float, se: float, df: float) -> float:
 
 
 def _evaluate(
-    statistic: Callable[..., FloatArray], moments: list[Moments], bounds: tuple[float, float]
+    statistic: Callable[..., FloatArray],
+    moments: list[Moments],
+    bounds: tuple[float | FloatArray, float | FloatArray],
 ) -> FloatArray:
     values = np.asarray(statistic(*moments), dtype=np.float64)
     replicates = moments[0].n.size
@@ -168,8 +217,7 @@ def _evaluate(
         raise ValueError(f"the statistic must return [{replicates}, ...], got {values.shape}")
     if np.isinf(values).any():
         raise MeasurementError("the statistic is infinite")
-    slack = 1e-9
-    if ((values < bounds[0] - slack) | (values > bounds[1] + slack)).any():
+    if ((values < bounds[0] - _ROUNDING) | (values > bounds[1] + _ROUNDING)).any():
         raise ValueError(f"the statistic leaves its range {bounds}")
     return values
 

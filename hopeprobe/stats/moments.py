@@ -50,7 +50,7 @@ class Moments:
 
     def pooled(self) -> Moments:
         """All sets as one: the same parts with a leading axis of 1."""
-        return self._pool(np.ones((1, self.n.size)))
+        return self.pool(np.ones((1, self.n.size)))
 
     def leave_out(self, left_out: IntArray) -> Moments:
         """Pool, for each index in `left_out`, all other sets: the same parts, axis `len(left_out)`.
@@ -61,9 +61,10 @@ class Moments:
         """
         keep = np.ones((len(left_out), self.n.size))
         keep[np.arange(len(left_out)), left_out] = 0.0
-        return self._pool(keep)
+        return self.pool(keep)
 
-    def _pool(self, keep: FloatArray) -> Moments:
+    def pool(self, keep: FloatArray) -> Moments:
+        """Pool, for each row of a 0/1 matrix [P, B], the sets with a 1: the same parts, axis P."""
         n = self.n.astype(np.float64)
         total = keep @ n
         share = 1.0 / np.maximum(total, 1.0)  # an empty pool keeps moments of 0
@@ -80,10 +81,10 @@ class Moments:
         comoments: dict[str, FloatArray] = {}
         for pair, comoment in self.comoments.items():
             x, y = pair[0], pair[1]
-            about_centre = (n[:, None] * deviations[x])[:, :, None] * deviations[y][:, None, :]
-            about_centre += comoment
-            summed = keep @ about_centre.reshape(n.size, -1)
-            summed = summed.reshape(len(keep), *comoment.shape[1:])
+            summed = (keep @ comoment.reshape(n.size, -1)).reshape(len(keep), *comoment.shape[1:])
+            # Between the sets: one small product a pool, where [B, D_x, D_y] outer products would not fit a cache.
+            weighted = (keep * n)[:, :, None] * deviations[x]
+            summed += np.swapaxes(weighted, 1, 2) @ deviations[y]
             summed -= (total[:, None] * shifts[x])[:, :, None] * shifts[y][:, None, :]
             comoments[pair] = summed
         return Moments(np.rint(total).astype(np.int64), means, comoments)

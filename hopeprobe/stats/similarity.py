@@ -17,12 +17,14 @@ from .arrays import BoolArray, FloatArray, as_float64
 if TYPE_CHECKING:
     from .moments import Moments
 
+CCA_BOUNDS = (0.0, 1.0)
 CKA_BOUNDS = (0.0, 1.0)
 COSINE_BOUNDS = (-1.0, 1.0)
 
 _ROUNDING = (
     1e-12  # a ratio this close to 1 is 1: what float64 sums of a few hundred terms leave of an exact 1
 )
+_TOKENS_PER_DIMENSION = 5
 _FLOAT32_NOISE = 4 * float(np.finfo(np.float32).eps)
 
 
@@ -46,6 +48,46 @@ def linear_cka(c_xx: Any, c_yy: Any, c_xy: Any) -> FloatArray:
     return np.where(np.abs(cka - 1.0) <= _ROUNDING, 1.0, cka)
 
 
+class Spectrum(NamedTuple):
+    """Covariances taken apart once, for all that is asked of them; [..., D, D].
+
+    Attributes:
+        norm: ‖C‖_F, [...]; not positive where there is no spectrum: no variance, or NaN.
+        scaled: C / ‖C‖_F, so that the smallest representable variances keep theirs; 0 without a spectrum.
+        eigenvalues: of `scaled`, float64 [..., D], none negative.
+
+    """
+
+    norm: FloatArray
+    scaled: FloatArray
+    eigenvalues: FloatArray
+
+    @classmethod
+    def of(cls, c_xx: Any) -> Spectrum:
+        """Decompose covariances. Raises MeasurementError on infinite entries."""
+        c = as_float64(c_xx)
+        norm = _frobenius(c)
+        there = (norm > 0)[..., None, None]
+        scaled = np.divide(c, norm[..., None, None], out=np.zeros_like(c), where=there)
+        # Rounding leaves a zero eigenvalue slightly negative.
+        return cls(norm, scaled, np.maximum(np.linalg.eigvalsh(scaled), 0.0))
+
+    def effective_rank(self) -> FloatArray:
+        """`effective_rank`, [...]."""
+        total = self.eigenvalues.sum(axis=-1, keepdims=True)
+        p = np.divide(self.eigenvalues, total, out=np.zeros_like(self.eigenvalues), where=total > 0)
+        entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
+        rank = np.clip(np.exp(entropy), 1.0, self.eigenvalues.shape[-1])
+        return np.where(self.norm > 0, rank, np.nan)
+
+    def ridge(self, floor: Any = 0.0) -> FloatArray:
+        """κ of `cca`, for `scaled`, [...]; 1 where there is no spectrum."""
+        there = self.norm > 0
+        total = np.trace(self.scaled, axis1=-2, axis2=-1)
+        floor = np.divide(as_float64(floor), self.norm, out=np.zeros_like(self.norm), where=there)
+        return np.where(there, _FLOAT32_NOISE**2 * total + floor, 1.0)
+
+
 def effective_rank(c_xx: Any) -> FloatArray:
     """Effective rank of a set of features: exp of the entropy of its covariance spectrum, in [1, D].
 
@@ -56,18 +98,56 @@ def effective_rank(c_xx: Any) -> FloatArray:
     effective dimensionality, section 2) define it on the singular values of a matrix; here the matrix is the
     covariance. NaN where C_xx is all zero or NaN. Raises MeasurementError on infinite entries.
     """
-    c = as_float64(c_xx)
-    norm = _frobenius(c)
-    defined = norm > 0
-    # Scaled to norm 1, so that the smallest representable variances keep their spectrum.
-    safe = np.divide(c, norm[..., None, None], out=np.zeros_like(c), where=defined[..., None, None])
-    eigenvalues = np.maximum(
-        np.linalg.eigvalsh(safe), 0.0
-    )  # rounding leaves a zero eigenvalue slightly negative
-    total = eigenvalues.sum(axis=-1, keepdims=True)
-    p = np.divide(eigenvalues, total, out=np.zeros_like(eigenvalues), where=total > 0)
-    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=-1)
-    return np.where(defined, np.clip(np.exp(entropy), 1.0, c.shape[-1]), np.nan)
+    return Spectrum.of(c_xx).effective_rank()
+
+
+def cca(c_xx: Any, c_yy: Any, c_xy: Any) -> FloatArray:
+    """Mean squared canonical correlation of two sets of features, in [0, 1].
+
+        W = (C_xx + κ_x)^(−1/2) C_xy (C_yy + κ_y)^(−1/2),   r = Σ_i (λ_i / (λ_i + κ))²,   λ those of C
+        CCA = ‖W‖²_F / √(r_x r_y)
+
+    Shapes [..., D_x, D_x], [..., D_y, D_y], [..., D_x, D_y] → float64 [...]; covariances or comoments. Linear
+    CKA of the features after whitening: every direction counts alike, however little it varies, so that no
+    invertible linear map of either set changes it (Kornblith et al. 2019, section 3: R²_CCA, where r_x = r_y).
+    κ = (4 ε₃₂)² tr C is what float32 rounds: directions below it fade out, r counts those that are left. NaN
+    where C_xx or C_yy is all zero or NaN. Raises MeasurementError on infinite entries.
+
+    Squared, and over all directions, because that is a smooth function of the moments, which the jackknife
+    needs. Cutting at 99 % of the variance first (SVCCA) is not: where leaving out a group moves the cut by one
+    direction, the jackknife takes the jump for bias. On trained CMS levels that gave 1.11 [1.02, 1.20] where
+    the plain value was 0.87.
+
+    The plain value of n tokens is too high: for independent features by D/n times the number of tokens that act
+    like one (those of a document are alike). What the jackknife leaves of that is still larger than the interval
+    where tokens are few, so `second_order` has to follow it.
+    """
+    return canonical(Spectrum.of(c_xx), Spectrum.of(c_yy), c_xy)
+
+
+def canonical(
+    x: Spectrum, y: Spectrum, c_xy: Any, floors: tuple[Any, Any] = (0.0, 0.0), n: Any = np.inf
+) -> FloatArray:
+    """`cca` of what is taken apart already.
+
+    floors: variances, [...], added to κ_x and κ_y. n: tokens, [...]; the value is NaN where they are fewer than
+    five for each of r_x + r_y dimensions. With no more than those, correlations of exactly 1 are certain.
+    """
+    ridges = x.ridge(floors[0]), y.ridge(floors[1])
+    counts = [
+        np.square(side.eigenvalues / (side.eigenvalues + ridge[..., None])).sum(axis=-1)
+        for side, ridge in zip((x, y), ridges, strict=True)
+    ]
+    defined = (x.norm > 0) & (y.norm > 0)
+    scale = np.sqrt(np.where(defined, x.norm, np.inf)) * np.sqrt(np.where(defined, y.norm, np.inf))
+    w = as_float64(c_xy) / scale[..., None, None]
+    for side, ridge in zip((x, y), ridges, strict=True):
+        ridged = side.scaled + ridge[..., None, None] * np.eye(side.scaled.shape[-1])
+        w = np.swapaxes(_solve_lower(as_float64(np.linalg.cholesky(ridged)), w), -2, -1)
+    size = np.where(defined, np.sqrt(counts[0] * counts[1]), 1.0)
+    value = np.square(w).sum(axis=(-2, -1)) / size
+    decided = defined & (_TOKENS_PER_DIMENSION * (counts[0] + counts[1]) <= as_float64(n))
+    return np.where(decided, np.minimum(value, 1.0), np.nan)
 
 
 class TokenCosine(NamedTuple):
@@ -111,6 +191,14 @@ def cka_of(moments: Moments) -> FloatArray:
     return np.where(varies(moments, "x") & varies(moments, "y"), cka, np.nan)
 
 
+def cca_of(moments: Moments) -> FloatArray:
+    """`cca` of moments that hold "xx", "yy", "xy", [B]; NaN where x or y does not vary, or n is too small."""
+    x, y = (Spectrum.of(moments.covariance(pair)) for pair in ("xx", "yy"))
+    floors = rounding(moments, "x"), rounding(moments, "y")
+    value = canonical(x, y, moments.covariance("xy"), floors, moments.n)
+    return np.where(varies(moments, "x") & varies(moments, "y"), value, np.nan)
+
+
 def effective_rank_of(moments: Moments) -> FloatArray:
     """`effective_rank` of moments that hold "xx", [B]; NaN where x does not vary (`varies`)."""
     return np.where(varies(moments), effective_rank(moments.covariance()), np.nan)
@@ -123,9 +211,24 @@ def varies(moments: Moments, name: str = "x") -> BoolArray:
     measurement.
     """
     trace = np.trace(moments.covariance(name * 2), axis1=-2, axis2=-1)
-    floor = _FLOAT32_NOISE**2 * np.square(moments.mean(name)).sum(axis=-1)
-    above: BoolArray = trace > floor
+    above: BoolArray = trace > rounding(moments, name)
     return above
+
+
+def rounding(moments: Moments, name: str = "x") -> FloatArray:
+    """Variance that float32 may leave of a constant: (4 ε₃₂)² ‖mean‖², [B]."""
+    noise: FloatArray = _FLOAT32_NOISE**2 * np.square(moments.mean(name)).sum(axis=-1)
+    return noise
+
+
+def _solve_lower(root: FloatArray, right: FloatArray) -> FloatArray:
+    """root⁻¹ right, [..., D, D] and [..., D, E], `root` lower triangular."""
+    from scipy.linalg import solve_triangular
+
+    solved = np.empty_like(right)
+    for at in np.ndindex(right.shape[:-2]):
+        solved[at] = solve_triangular(root[at], right[at], lower=True, check_finite=False)
+    return solved
 
 
 def _frobenius(c: Any) -> FloatArray:

@@ -43,13 +43,14 @@ def test_a_trained_model_has_learned_something_and_every_number_has_its_nulls(to
     assert missing_from(results) == []
     frame, nulls = results.table, results.nulls
     similarity = frame[frame.probe == "cms-similarity"]
-    assert len(similarity) == 2 * (4 + 4)
+    assert len(similarity) == 2 * (6 + 4)
     assert "learned" in set(similarity.verdict)
     assert set(frame.step) == {40}
     kinds = nulls.groupby("statistic").null_kind.agg(set)
     assert kinds["output_cosine"] == {"own-init", "fresh-init", "shuffled"}
     assert kinds["delta_cosine"] == {"own-init", "fresh-init", "shuffled", "analytic"}
-    assert kinds["output_cka"] == kinds["delta_effective_rank"] == {"own-init", "fresh-init"}
+    for statistic in ("output_cka", "delta_cca", "delta_effective_rank"):
+        assert kinds[statistic] == {"own-init", "fresh-init"}
     assert kinds["frozen_loss"] == {"own-init", "fresh-init", "analytic", "unigram"}
     for row in similarity.itertuples():
         assert row.ci_low <= row.value <= row.ci_high
@@ -74,7 +75,7 @@ def test_a_model_of_another_seed_is_hardly_ever_learned(subject_of, settings):
         subject.start, subject.trained_steps = subject_of(seed=0), 200
         frame = analyze(subject, "cms-similarity", **settings | {"fresh": 10}).table
         verdicts += list(frame.verdict)
-    assert len(verdicts) == 96
+    assert len(verdicts) == 120
     assert verdicts.count("learned") <= 0.05 * len(verdicts)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
 
 from hopeprobe.analysis import analyze
 from hopeprobe.conditions import LIVE
@@ -17,7 +18,7 @@ from hopeprobe.probes import get_probe
 from hopeprobe.probes.base import Place
 from hopeprobe.probes.cms_similarity import half_window_away, levels_of
 from hopeprobe.probes.passes import run_pass
-from hopeprobe.stats import Verdict
+from hopeprobe.stats import Moments, Verdict, cca_of, cka_of, effective_rank_of, jackknife
 from hopeprobe.tokens import EvalWindows
 
 PROBE = get_probe("cms-similarity")
@@ -74,6 +75,12 @@ def test_agrees_with_a_reference_in_numpy(subject, toy_data, layer, kind, hook):
     cka = np.linalg.norm(xc.T @ yc) ** 2 / np.linalg.norm(xc.T @ xc) / np.linalg.norm(yc.T @ yc)
     assert found[Place(f"{kind}_cka", *pair)].estimate.plug_in == pytest.approx(cka, abs=1e-6)
 
+    cosines = np.cos(subspace_angles(xc, yc))
+    cca = found[Place(f"{kind}_cca", *pair)].estimate
+    assert cca.plug_in == pytest.approx(np.mean(cosines**2), abs=1e-6)
+    assert cca.value < cca.plug_in, "its bias is upwards"
+    assert cca.ci_low < cca.value < cca.ci_high
+
     for level, centred in (("fast", xc), ("slow", yc)):
         variance = np.linalg.svd(centred, compute_uv=False) ** 2
         p = variance / variance.sum()
@@ -86,7 +93,7 @@ def test_identical_levels_give_one(configs, subject_of, toy_data):
     subject = subject_of(configs["still"])
     levels(subject)["slow"].load_state_dict(levels(subject)["fast"].state_dict())
     found = by_place(accumulated(subject, toy_data))
-    for statistic in ("output_cosine", "delta_cosine", "output_cka", "delta_cka"):
+    for statistic in ("output_cosine", "delta_cosine", "output_cka", "delta_cka", "output_cca", "delta_cca"):
         estimate = found[Place(statistic, 0, "fast|slow")].estimate
         assert estimate.value == pytest.approx(1.0, abs=1e-12), statistic
         assert estimate.ci_high - estimate.ci_low < 1e-9
@@ -154,6 +161,60 @@ def test_a_value_that_is_not_finite_names_its_hook_point(subject, toy_data):
     assert "not finite" in result.failed[PROBE.name]
 
 
+def test_what_is_computed_together_is_what_each_gives_alone(configs, subject_of, toy_data):
+    """CKA and ranks to the last digits, CCA but for its correction of second order; pairs are not mixed up."""
+    three = (CMSLevel("fast", 8), CMSLevel("mid", 16), CMSLevel("slow", 32))
+    subject = subject_of(dataclasses.replace(configs["toy"], cms_levels=three, layers=1))
+    accumulator = accumulated(subject, toy_data, tokens=6400)
+    names = dict(zip(("fast", "mid", "slow"), "abc", strict=True))
+    for quantity in accumulator.quantities():
+        if "cosine" in quantity.place.statistic:
+            continue
+        whole = accumulator.moments[f"{quantity.place.statistic.split('_')[0]}.0"].compute()
+        x, y = ([names[level] for level in quantity.place.component.split("|")] * 2)[:2]
+        of = {"x": x, "y": y}
+        moments = Moments(
+            whole.n,
+            {name: whole.means[part] for name, part in of.items()},
+            {pair: whole.comoments[of[pair[0]] + of[pair[1]]] for pair in ("xx", "yy", "xy")},
+        )
+        kind = quantity.place.statistic.split("_", 1)[1]
+        alone = jackknife({"cka": cka_of, "cca": cca_of, "effective_rank": effective_rank_of}[kind], moments)
+        found = quantity.estimate()
+        assert found.plug_in == pytest.approx(alone.plug_in, abs=1e-12)
+        assert quantity.plug_in() == pytest.approx(alone.plug_in, abs=1e-12)
+        assert found.se == pytest.approx(alone.se, abs=1e-12)
+        if kind == "cca":
+            assert abs(found.value - alone.value) < abs(alone.value - alone.plug_in)
+        else:
+            assert found.value == pytest.approx(alone.value, abs=1e-12)
+            np.testing.assert_allclose(found.influence, alone.influence, rtol=0, atol=1e-12)
+
+
+def test_moments_are_pooled_once_for_all_that_is_asked_of_a_layer(subject, toy_data, monkeypatch):
+    """Leave-outs eight at a time, the halves, and the whole: once for a layer and kind, however many numbers it has."""
+    accumulator = accumulated(subject, toy_data)
+    pools, pool = [], Moments.pool
+    monkeypatch.setattr(
+        Moments, "pool", lambda self, keep: (pools.append(bool(self.comoments)), pool(self, keep))[1]
+    )
+    accumulator.measurements()
+    joint, silent = 2 * 2, 2
+    chunks = -(-accumulator.moments["delta.0"].n_groups // 8)
+    assert sum(pools) == joint * (1 + chunks + 1) + silent
+    pools.clear()
+    accumulator.plug_ins()
+    assert sum(pools) == joint
+
+
+def test_tokens_no_more_than_dimensions_have_no_canonical_correlation(subject, toy_data):
+    found = by_place(accumulated(subject, toy_data, tokens=33))
+    for kind in ("output", "delta"):
+        estimate = found[Place(f"{kind}_cca", 0, "fast|slow")].estimate
+        assert np.isnan(estimate.value)
+        assert np.isfinite(found[Place(f"{kind}_cka", 0, "fast|slow")].estimate.value)
+
+
 def test_three_levels_give_three_pairs_and_one_level_none(configs, subject_of, toy_data, settings):
     three = (CMSLevel("fast", 8), CMSLevel("mid", 16), CMSLevel("slow", 32))
     subject = subject_of(dataclasses.replace(configs["toy"], cms_levels=three, layers=1))
@@ -171,7 +232,7 @@ def test_three_levels_give_three_pairs_and_one_level_none(configs, subject_of, t
     frame = analyze(alone, PROBE.name, **settings | {"fresh": 0}).table
     pairs, ranks = frame[frame.component == ""], frame[frame.component == "fast"]
     assert set(pairs.verdict) == {"n/a"}
-    assert len(pairs) == 4
+    assert len(pairs) == 6
     assert pairs.note.str.contains("one level only").all()
     assert set(ranks.verdict) == {"at-init"}
 
@@ -229,6 +290,7 @@ def test_it_describes_itself():
     for word in ("output_cosine", "effective_rank", "Nulls", "Cost", "Source", "section 4.2"):
         assert word in text
     listed = {
-        f"{k}_{s}" for k, s in itertools.product(("output", "delta"), ("cosine", "cka", "effective_rank"))
+        f"{k}_{s}"
+        for k, s in itertools.product(("output", "delta"), ("cosine", "cka", "cca", "effective_rank"))
     }
     assert set(PROBE.statistics) == listed

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from hopeprobe.stats import (
+    CCA_BOUNDS,
     CKA_BOUNDS,
     COSINE_BOUNDS,
     GROUPS,
@@ -21,14 +22,18 @@ from hopeprobe.stats import (
     FreshInit,
     Moments,
     Verdict,
+    cca,
+    cca_of,
     cka_of,
     effective_rank,
     effective_rank_of,
     jackknife,
+    jackknife_each,
     judge,
     linear_cka,
     mean_of,
     paired_difference,
+    second_order,
     token_cosine,
 )
 
@@ -99,17 +104,18 @@ def cosine_world(rng, per_group, *, truth, agreement):
     return mean_moments(np.bincount(document, cosine), lengths), truth
 
 
-def feature_world(rng, per_group, *, shared, spectrum, skewed):
-    """Features x = z₁A, y = (shared·z₁ + √(1 − shared²)·z₂)B, latents half token and half document."""
-    fixed = np.random.default_rng(0)
-    a, b = (np.sqrt(spectrum)[:, None] * np.linalg.qr(fixed.standard_normal((DIM, DIM)))[0] for _ in range(2))
-    lengths = document_lengths(rng, GROUPS * per_group, 20, sigma=0.5)
+def feature_world(rng, per_group, *, shared, spectrum, skewed, length=20):
+    """Features x = z₁A, y = (shared·z₁ + √(1 − shared²)·z₂)B, latents 80 % token and 20 % document."""
+    fixed, dim = np.random.default_rng(0), len(spectrum)
+    a, b = (np.sqrt(spectrum)[:, None] * np.linalg.qr(fixed.standard_normal((dim, dim)))[0] for _ in range(2))
+    lengths = document_lengths(rng, GROUPS * per_group, length, sigma=0.5)
     document = np.repeat(np.arange(lengths.size), lengths)
-    token = unit_latents(rng, (document.size, 2 * DIM), skewed=skewed)
-    effect = unit_latents(rng, (lengths.size, 2 * DIM), skewed=skewed)[document]
+    token = unit_latents(rng, (document.size, 2 * dim), skewed=skewed)
+    effect = unit_latents(rng, (lengths.size, 2 * dim), skewed=skewed)[document]
     z = np.sqrt(0.8) * token + np.sqrt(0.2) * effect
-    x, y = z[:, :DIM] @ a, (shared * z[:, :DIM] + np.sqrt(1 - shared**2) * z[:, DIM:]) @ b
-    return group_moments(x, y, document % GROUPS), (a.T @ a, b.T @ b, shared * a.T @ b)
+    shared = np.broadcast_to(shared, dim)
+    x, y = z[:, :dim] @ a, (shared * z[:, :dim] + np.sqrt(1 - shared**2) * z[:, dim:]) @ b
+    return group_moments(x, y, document % GROUPS), (a.T @ a, b.T @ b, a.T @ (shared[:, None] * b))
 
 
 def population_cosine(agreement):
@@ -176,6 +182,7 @@ FEATURE_WORLDS = {
     "cka 0.36, steep": {"shared": 0.6, "spectrum": STEEP, "skewed": False},
     "cka 0.96, steep, lognormal": {"shared": 0.98, "spectrum": STEEP, "skewed": True},
 }
+MIXED = {"shared": np.linspace(0.99, 0.05, 32), "spectrum": 1 / np.arange(1, 33.0), "skewed": False}
 
 
 @pytest.mark.slow
@@ -205,6 +212,52 @@ def test_coverage_of_cka_and_effective_rank(name):
         )
     rates = cka.rate(f"{name}: cka"), rank.rate(f"{name}: effective rank")
     assert all(AIM[0] <= rate <= AIM[1] for rate in rates)
+
+
+def correlations_with_intervals(world, replicates, seed):
+    """Coverage of CCA by the plain jackknife and by that of second order, where that claims an interval."""
+    rng, plain, claimed = np.random.default_rng(seed), Coverage(), Coverage()
+    for _ in range(replicates):
+        moments, population = world(rng)
+        truth, found = float(cca(*population)), jackknife_each(column_of_cca, moments, bounds=CCA_BOUNDS)
+        plain.add(found[0], truth, CCA_BOUNDS)
+        (estimate,) = second_order(column_of_cca, moments, found, CCA_BOUNDS)
+        if np.isfinite(estimate.se):
+            claimed.add(estimate, truth, CCA_BOUNDS)
+    return plain, claimed
+
+
+def column_of_cca(moments):
+    return cca_of(moments)[:, None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURE_WORLDS)
+def test_coverage_of_cca(name):
+    world = partial(feature_world, per_group=8, **FEATURE_WORLDS[name])
+    _, claimed = correlations_with_intervals(world, 2000, seed=9)
+    assert claimed.replicates >= 1980
+    assert AIM[0] <= claimed.rate(f"{name}: cca") <= AIM[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("per_group", "length"), [(4, 20), (8, 20), (4, 60)])
+def test_coverage_of_cca_of_many_dimensions(per_group, length):
+    """32 dimensions, and 160, 320 and 480 tokens for each."""
+    world = partial(feature_world, per_group=per_group, length=length, **MIXED)
+    plain, claimed = correlations_with_intervals(world, 400, seed=10)
+    plain.rate("plain jackknife")
+    assert claimed.replicates >= 390
+    assert claimed.rate(f"cca, {per_group} documents of {length} a group") >= 0.92
+
+
+@pytest.mark.slow
+def test_cca_of_few_documents_has_no_interval():
+    """64 documents, 115 tokens for each of 32 dimensions: the plain jackknife covers 80 %, so nothing is claimed."""
+    world = partial(feature_world, per_group=1, length=60, **(MIXED | {"shared": 0.3}))
+    plain, claimed = correlations_with_intervals(world, 200, seed=11)
+    assert plain.rate("plain jackknife") < 0.9
+    assert claimed.replicates <= 10
 
 
 def test_coverage_of_a_mean_quickly():

@@ -11,6 +11,7 @@ from hopeprobe.stats import (
     GroupedCovariance,
     GroupedCrossCovariance,
     GroupedMean,
+    Moments,
     cka_of,
     effective_rank,
     effective_rank_of,
@@ -20,6 +21,7 @@ from hopeprobe.stats import (
     mean_of,
     p_value,
     paired_difference,
+    second_order,
 )
 
 
@@ -141,6 +143,94 @@ def test_each_element_is_its_own_estimate():
     )
     with pytest.raises(ValueError, match="jackknife_each"):
         jackknife(mean_of, grouped_mean(values, np.arange(GROUPS)))
+
+
+def test_each_element_keeps_to_its_own_bounds():
+    values = np.array([1.0, 6.0]) + np.random.default_rng(8).standard_normal((GROUPS, 5, 2))
+    mean = grouped_mean(values, np.arange(GROUPS))
+    high = mean.compute().pooled().mean()[0] + 0.06  # no leave-out comes as high, both intervals would
+    one, six = jackknife_each(mean_of, mean, bounds=(np.array([-9.0, -9.0]), high))
+    assert (one.ci_high, six.ci_high) == tuple(high)
+    with pytest.raises(ValueError, match="leaves its range"):
+        jackknife_each(mean_of, mean, bounds=(high - 9, high - [0.0, 0.5]))
+
+
+def biased(b1, b2):
+    """A mean with a bias of known orders in the number of tokens."""
+    return lambda moments: moments.mean() + (b1 / moments.n + b2 / moments.n**2)[:, None]
+
+
+def test_the_second_order_takes_off_what_the_jackknife_leaves():
+    values = np.random.default_rng(9).standard_normal((GROUPS, 5, 1))
+    source, n = grouped_mean(values, np.arange(GROUPS)), 5 * GROUPS
+    (mean,) = jackknife_each(mean_of, source)
+    b2 = 0.2 * mean.se
+    statistic = biased(30.0, b2 * n**2)
+    (first,) = found = jackknife_each(statistic, source)
+    (second,) = second_order(statistic, source, found)
+    np.testing.assert_allclose(first.plug_in - mean.value, 30 / n + b2)
+    np.testing.assert_allclose(first.value - mean.value, -b2, rtol=0.02)
+    assert abs(second.value - mean.value) < 0.04 * b2
+    np.testing.assert_allclose(second.se, first.se, rtol=1e-9)
+    assert (second.df, second.n, second.plug_in) == (first.df, n, first.plug_in)
+    assert second.ci_low < mean.value < second.ci_high
+    # A paired difference is corrected too: here to a model that differs by the bias alone.
+    assert abs(paired_difference(second, mean).value) < 0.04 * b2
+
+
+def test_a_bias_of_second_order_that_is_large_leaves_no_interval():
+    source = grouped_mean(np.random.default_rng(9).standard_normal((GROUPS, 5, 1)), np.arange(GROUPS))
+    statistic = biased(30.0, 0.3 * jackknife_each(mean_of, source)[0].se * (5 * GROUPS) ** 2)
+    (first,) = found = jackknife_each(statistic, source)
+    (second,) = second_order(statistic, source, found)
+    assert np.isfinite(first.se)
+    assert np.isnan([second.ci_low, second.ci_high, second.se]).all()
+    assert second.value == second.plug_in == first.plug_in
+    assert np.isnan(paired_difference(second, first).se)
+
+
+def test_the_second_order_leaves_alone_what_has_no_bias_or_no_interval():
+    rng = np.random.default_rng(10)
+    values = rng.standard_normal((GROUPS, 7, 3))
+    mean = grouped_mean(values, np.arange(GROUPS))
+    first = jackknife_each(mean_of, mean)
+    for before, after in zip(first, second_order(mean_of, mean, first), strict=True):
+        assert after.value == pytest.approx(before.value, abs=1e-12)
+        assert after.ci_low == pytest.approx(before.ci_low, abs=1e-12)
+    few = grouped_mean(values[:31], np.arange(31))
+    first = jackknife_each(mean_of, few)
+    assert second_order(mean_of, few, first) is first
+
+    def needs_half_of_them_and_more(moments):
+        return np.where(moments.n[:, None] > 0.6 * values.shape[0] * 7, moments.mean(), np.nan)
+
+    first = jackknife_each(needs_half_of_them_and_more, mean)
+    assert np.isfinite(first[0].se)
+    (after, *_) = second_order(needs_half_of_them_and_more, mean, first)
+    assert np.isnan([after.ci_low, after.ci_high, after.se]).all()
+    assert after.value == first[0].plug_in
+
+
+def test_pooling_by_a_matrix_is_pooling_of_those_sets():
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((GROUPS, 6, 3)) + 100
+    moments = cross(x, x[..., :2], np.arange(GROUPS)).compute()
+    keep = (rng.random((4, GROUPS)) < 0.5).astype(float)
+    pooled = moments.pool(keep)
+    for row, kept in enumerate(keep > 0):
+        part = Moments(
+            moments.n[kept],
+            {name: mean[kept] for name, mean in moments.means.items()},
+            {pair: c[kept] for pair, c in moments.comoments.items()},
+        ).pooled()
+        tokens = x[kept].reshape(-1, 3)
+        np.testing.assert_allclose(pooled.means["x"][row], tokens.mean(axis=0), rtol=1e-14)
+        np.testing.assert_allclose(
+            pooled.covariance("xx")[row], np.cov(tokens.T, bias=True), rtol=1e-10, atol=1e-12
+        )
+        np.testing.assert_allclose(
+            pooled.comoments["xy"][row], part.comoments["xy"][0], rtol=1e-10, atol=1e-10
+        )
 
 
 def test_several_sources_count_what_they_share():
