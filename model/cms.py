@@ -18,7 +18,7 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import CMSLevel, ModelConfig
-from hopeprobe.model.state import LevelState
+from hopeprobe.model.state import Change, LevelState
 
 
 @dataclass
@@ -38,13 +38,17 @@ def _tappable(x: Tensor) -> Tensor:
     return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
 
 
-def _shown(point: HookPoint, meta: Tensor, difference: Tensor) -> Tensor:
-    """Show meta + difference to a hook; only an edit may change the difference, by so much as a rounding."""
+def _shown(point: HookPoint, meta: Tensor, change: Change) -> Change:
+    """Show meta + change to a hook; only an edit may move the change, by so much as a rounding."""
     if not point.active:
-        return difference
-    full = meta + difference
+        return change
+    full = meta + change.matrix()
     edited = point(full)
-    return difference if edited is full else edited - meta
+    return change if edited is full else Change.of(edited - meta)
+
+
+def _plus(x: Tensor, y: Tensor | None) -> Tensor:
+    return x if y is None else x + y
 
 
 class Level(nn.Module):
@@ -82,17 +86,16 @@ class Level(nn.Module):
     def init_state(self, batch: int) -> LevelState:
         """Fresh state: no difference to the meta weights, nothing accumulated."""
         h, d = self.w_in.shape
-        zeros = self.w_in.new_zeros
-        empty = zeros(batch, 0, h), zeros(batch, 0, d), zeros(batch, 0, d), zeros(batch, 0, h)
-        return LevelState(zeros(batch, h, d), zeros(batch, d, h), *empty)
+        empty = (self.w_in.new_zeros(batch, 0, width) for width in (h, d, d, h))
+        return LevelState(Change.nothing(self.w_in, batch), Change.nothing(self.w_out, batch), *empty)
 
     def read(self, x: Tensor, state: LevelState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Read (B, C, d): the level's output, and pre-activation, delta, normalised input, activation for its tap."""
         x = self.hook_in(x)
         normed = self.norm(x)
-        pre = _tappable(F.linear(normed, self.w_in, self.b_in) + normed @ state.w_in.mT)
+        pre = _tappable(_plus(F.linear(normed, self.w_in, self.b_in), state.change_in.times(normed)))
         hidden = F.gelu(pre)
-        delta = _tappable(F.linear(hidden, self.w_out, self.b_out) + hidden @ state.w_out.mT)
+        delta = _tappable(_plus(F.linear(hidden, self.w_out, self.b_out), state.change_out.times(hidden)))
         return self.hook_out(x + self.hook_delta(delta)), pre, delta, normed, hidden
 
     def write(
@@ -114,17 +117,16 @@ class Level(nn.Module):
             fresh if held[0].shape[1] == 0 else tuple(torch.cat(p, 1) for p in zip(held, fresh, strict=True))
         )
         if end % self.spec.period:
-            return LevelState(state.w_in, state.w_out, *factors)
+            return LevelState(state.change_in, state.change_out, *factors)
         if not tap.pre.is_cuda and not bool(factors[0].any()) and not bool(factors[2].any()):
             # Every gate closed over the whole period: exactly nothing is written, and no write is shown.
-            return LevelState(state.w_in, state.w_out, *(f[:, :0] for f in factors))
+            return LevelState(state.change_in, state.change_out, *(f[:, :0] for f in factors))
         step = -self.spec.learning_rate / self.spec.period
-        add = torch.Tensor.baddbmm_ if donated else torch.baddbmm
-        w_in = add(state.w_in, factors[0].mT, factors[1], alpha=step)
-        w_out = add(state.w_out, factors[2].mT, factors[3], alpha=step)
-        w_in = _shown(self.hook_fast_in, self.w_in.detach(), w_in)
-        w_out = _shown(self.hook_fast_out, self.w_out.detach(), w_out)
-        return LevelState(w_in, w_out, *(f[:, :0] for f in factors))
+        change_in = state.change_in.plus(step * factors[0], factors[1], donated)
+        change_out = state.change_out.plus(step * factors[2], factors[3], donated)
+        change_in = _shown(self.hook_fast_in, self.w_in.detach(), change_in)
+        change_out = _shown(self.hook_fast_out, self.w_out.detach(), change_out)
+        return LevelState(change_in, change_out, *(f[:, :0] for f in factors))
 
 
 class CMS(nn.Module):

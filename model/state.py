@@ -1,6 +1,6 @@
 """The state a stream carries: explicit, per sequence, never shared across a batch, never kept in module attributes.
 
-Every tensor has the batch first, so that rows can be selected, swapped, reset and averaged by one function each. Fast
+Every tensor has the batch first, so that rows can be selected, swapped, reset and averaged. Fast
 weights are held as their difference to the meta weights: a fresh state is zero, and drift is the state itself.
 """
 
@@ -41,19 +41,73 @@ class SelfModState(NamedTuple):
     conv_tail: Tensor  # (B, width - 1, d)
 
 
-class LevelState(NamedTuple):
-    """State of one CMS level: deltas, and the accumulated gradient of the current period as its factors.
+class Change(NamedTuple):
+    """What was written to one matrix (B, out, in): left^T right, or the matrix once that is fewer numbers.
 
-    The gradient of a matrix summed over n tokens is a product of an (n, out) and an (n, in) factor; keeping the factors
-    is exact and far smaller than a dense accumulator while n is below the widths.
+    The gradient of a matrix summed over n tokens is a product of an (n, out) and an (n, in) factor. Kept as that it is
+    exact, and smaller and faster to read and to write than the matrix while n is below out in / (out + in).
     """
 
-    w_in: Tensor  # (B, h, d)
-    w_out: Tensor  # (B, d, h)
+    dense: Tensor  # (B, out, in), or (B, 0, in) while there is no such part
+    left: Tensor  # (B, n, out)
+    right: Tensor  # (B, n, in)
+
+    @classmethod
+    def nothing(cls, like: Tensor, batch: int) -> Change:
+        """No change of a matrix (out, in)."""
+        rows, columns = like.shape
+        return cls(*(like.new_zeros(batch, 0, width) for width in (columns, rows, columns)))
+
+    def matrix(self) -> Tensor:
+        """The change in full, (B, out, in)."""
+        product = self.left.mT @ self.right
+        return self.dense + product if self.dense.shape[1] else product
+
+    def times(self, x: Tensor) -> Tensor | None:
+        """X Change^T of (B, n, in) as (B, n, out); None for no change, which costs nothing."""
+        y = x @ self.dense.mT if self.dense.shape[1] else None
+        if not self.left.shape[1]:
+            return y
+        product = (x @ self.right.mT) @ self.left
+        return product if y is None else y + product
+
+    def plus(self, left: Tensor, right: Tensor, donated: bool) -> Change:
+        """This change and left^T right; `donated` says that a dense part may be overwritten."""
+        rows, columns = left.shape[2], right.shape[2]
+        if self.dense.shape[1]:
+            add = torch.Tensor.baddbmm_ if donated else torch.baddbmm
+            return self._replace(dense=add(self.dense, left.mT, right))
+        left, right = torch.cat([self.left, left], 1), torch.cat([self.right, right], 1)
+        if left.shape[1] * (rows + columns) > rows * columns:
+            return self.of(left.mT @ right)
+        return self._replace(left=left, right=right)
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Change:
+        """A change (B, out, in) given in full."""
+        batch, rows, columns = matrix.shape
+        return cls(matrix, matrix.new_zeros(batch, 0, rows), matrix.new_zeros(batch, 0, columns))
+
+
+class LevelState(NamedTuple):
+    """State of one CMS level: what was written, and the accumulated gradient of the current period as its factors."""
+
+    change_in: Change  # of W_in (h, d)
+    change_out: Change  # of W_out (d, h)
     grad_hidden: Tensor  # (B, n, h): g_t dCE/d(pre-activation)
     input: Tensor  # (B, n, d): the normalised input of the level
     grad_delta: Tensor  # (B, n, d): g_t dCE/d(delta)
     hidden: Tensor  # (B, n, h): the activation
+
+    @property
+    def w_in(self) -> Tensor:
+        """Fast minus meta W_in, (B, h, d), assembled."""
+        return self.change_in.matrix()
+
+    @property
+    def w_out(self) -> Tensor:
+        """Fast minus meta W_out, (B, d, h), assembled."""
+        return self.change_out.matrix()
 
 
 class AttentionState(NamedTuple):
@@ -100,15 +154,6 @@ def select_rows(state: State, rows: Tensor | list[int]) -> State:
     return map_state(lambda t: t.index_select(0, index.to(t.device)), state)
 
 
-def average_rows(state: _S, weights: Tensor) -> _S:
-    """Each row replaced by a weighted average of rows: `weights` is (B, B), row r holds the weights of new row r.
-
-    Tokens (integers) cannot be averaged and stay as they are.
-    """
-
-    def mean(t: Tensor) -> Tensor:
-        if not t.is_floating_point():
-            return t
-        return cast(Tensor, torch.tensordot(weights.to(t), t, dims=1))
-
-    return map_state(mean, state)
+def average_rows(x: Tensor, weights: Tensor) -> Tensor:
+    """Rows of (B, ...) replaced by weighted averages of rows: `weights` is (B, B), row r holds those of new row r."""
+    return torch.tensordot(weights.to(x), x, dims=1)

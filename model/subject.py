@@ -17,7 +17,7 @@ from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import close, freeze_hooks, write_gates
 from hopeprobe.model.selfmod import Memory, SelfMod
-from hopeprobe.model.state import State, average_rows, map_state, select_rows
+from hopeprobe.model.state import Change, State, average_rows, map_state, select_rows
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
 
 
@@ -198,7 +198,10 @@ def _fast_mapped(state: State, fn: Callable[[Tensor], Tensor]) -> State:
         selfmod = layer.selfmod
         if selfmod is not None:
             selfmod = selfmod._replace(groups=map_state(fn, selfmod.groups))
-        cms = tuple(lv._replace(w_in=fn(lv.w_in), w_out=fn(lv.w_out)) for lv in layer.cms)
+        cms = tuple(
+            lv._replace(change_in=Change.of(fn(lv.w_in)), change_out=Change.of(fn(lv.w_out)))
+            for lv in layer.cms
+        )
         layers.append(layer._replace(selfmod=selfmod, cms=cms))
     return state._replace(layers=tuple(layers))
 
