@@ -32,9 +32,8 @@ def test_the_recipe_runs_and_its_figures_are_those_of_any_untrained_model(monkey
     assert all(value == pytest.approx(norm, rel=0.1) for value in figures["level_norm"])
     assert all(value == pytest.approx(drift, rel=0.1) for value in figures["level_drift"])
     assert all(0.99 < value < 1.01 for value in figures["relative_drift"])
-    verdicts = {row["verdict"] for row in document["results"]}
-    assert "learned" not in verdicts
-    assert "untrained" in verdicts
+    # Of the other probes' rows one in twenty may say `learned` by chance: integrity is what tells.
+    assert {row["verdict"] for row in document["results"] if row["probe"] == "integrity"} == {"untrained"}
     assert document["missing"] == []
     printed = capsys.readouterr().out
     assert module.table(document) in printed
