@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -78,22 +78,11 @@ def write_results(results: Results, output_format: str, output: Path | None) -> 
 
 
 def save_figures(results: Results, folder: Path) -> list[Path]:
-    """Every figure that these results allow, one a checkpoint; `similarity.png` where there is only one."""
-    drawn = [r.checkpoint for r in results.rows if r.probe == "cms-similarity" and not math.isnan(r.value)]
-    names = list(dict.fromkeys(drawn))
-    if not names:
-        return []
-    from hopeprobe.plots import plot_similarity
+    """Every figure that these results allow: `PROBE.png`, and where there are several checkpoints one for each."""
+    from hopeprobe.plots import draw_all, save
 
-    several = len({row.checkpoint for row in results.rows}) > 1
-    return [
-        plot_similarity(
-            results,
-            folder / (f"similarity-{Path(name).stem}.png" if several else "similarity.png"),
-            checkpoint=name,
-        )
-        for name in names
-    ]
+    named = {re.sub(r"[^\w.-]+", "-", name.removesuffix(".pt")): f for name, f in draw_all(results).items()}
+    return [save(figure, folder / f"{name}.png") for name, figure in named.items()]
 
 
 def report_missing(results: Results) -> int:

@@ -61,15 +61,3 @@ class _Lines:
         if what != self.last[0] or ended or now - self.last[1] >= _PLAIN_EVERY:
             say(self.screen, f"{description} {done}" + (f"/{total}" if total else ""))
             self.last = (what, now)
-
-
-def number(value: float | None) -> str:
-    """Four significant digits; a dash where nothing was measured."""
-    if value is None or math.isnan(value):
-        return "–"
-    return f"{value:.4g}"
-
-
-def interval(low: float, high: float) -> str:
-    """[low, high], or a dash."""
-    return "–" if math.isnan(low) else f"[{number(low)}, {number(high)}]"

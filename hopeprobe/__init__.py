@@ -1,7 +1,9 @@
 """hopeprobe: mechanistic analysis of self-modifying memories, with a null beside every number.
 
 `hopeprobe.load(path)` opens a checkpoint as a `Subject`; `hopeprobe.analyze(subject, probes=[...])` measures
-it. Names load when first used: `import hopeprobe` alone imports neither torch nor pandas.
+it and gives `Results`: `.table`, `.nulls`, `.verdicts`, `.plot()`. `Probe`, `Accumulator`, `Quantity` and `Place` are
+what a probe of your own is written with. Names load when first used: `import hopeprobe` alone imports neither torch
+nor pandas.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hopeprobe.analysis import analyze
+    from hopeprobe.probes import PROBES
+    from hopeprobe.probes.base import Accumulator, Place, Probe, Quantity
     from hopeprobe.results import Results
     from hopeprobe.subject import Subject, load
 
@@ -21,13 +25,29 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "unknown"
 
 _WHERE = {
+    "PROBES": "hopeprobe.probes",
+    "Accumulator": "hopeprobe.probes.base",
+    "Place": "hopeprobe.probes.base",
+    "Probe": "hopeprobe.probes.base",
+    "Quantity": "hopeprobe.probes.base",
     "Results": "hopeprobe.results",
     "Subject": "hopeprobe.subject",
     "analyze": "hopeprobe.analysis",
     "load": "hopeprobe.subject",
 }
 
-__all__ = ["Results", "Subject", "__version__", "analyze", "load"]
+__all__ = [
+    "PROBES",
+    "Accumulator",
+    "Place",
+    "Probe",
+    "Quantity",
+    "Results",
+    "Subject",
+    "__version__",
+    "analyze",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

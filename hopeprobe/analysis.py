@@ -47,7 +47,7 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 def analyze(
     checkpoints: Checkpoints,
-    probes: str | Sequence[str | Probe] = ("cms-similarity",),
+    probes: str | Probe | Sequence[str | Probe] = ("cms-similarity",),
     data: DataSpec | Sequence[DataSpec] | TokenData = "builtin",
     tokens: int | None = 32_768,
     split: str = "heldout",
@@ -62,7 +62,7 @@ def analyze(
 
     Args:
         checkpoints: paths or subjects, one or several.
-        probes: names (or probes of your own); "all" takes every one.
+        probes: one or several, by name or as objects of your own; "all" takes every one that has a name here.
         data: what `hopeprobe.tokens.load_tokens` takes, or tokens that are loaded already.
         tokens: how many targets to score, None for all of the split.
         split: "heldout", "train" or "all".
@@ -117,8 +117,7 @@ def analyze(
 
 def missing_from(results: Results) -> list[str]:
     """List what could not be measured, one sentence each; empty when everything was."""
-    several = results.checkpoint.get("checkpoints", [results.checkpoint])
-    return [message for one in several for message in one.get("missing", ())]
+    return results.missing
 
 
 @dataclass
@@ -320,8 +319,8 @@ class _Run:
         return told
 
 
-def _probes(names: str | Sequence[str | Probe]) -> list[Probe]:
-    if isinstance(names, str):
+def _probes(names: str | Probe | Sequence[str | Probe]) -> list[Probe]:
+    if isinstance(names, str | Probe):
         names = tuple(PROBES) if names == "all" else (names,)
     chosen = [probe if isinstance(probe, Probe) else get_probe(probe) for probe in names]
     if not chosen:

@@ -11,11 +11,12 @@ import json
 import math
 import operator
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
@@ -23,6 +24,9 @@ from hopeprobe.stats.verdict import CLAIMS, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from hopeprobe.plots import Figures
+    from hopeprobe.plots.canvas import Canvas
 
 SCHEMA_VERSION = 1
 KEY = ("probe", "statistic", "checkpoint", "step", "layer", "component", "condition", "position")
@@ -107,6 +111,13 @@ class ResultRow(_Key):
     def __str__(self) -> str:
         return "/".join(str(part) for part in self.key if part not in (None, ""))
 
+    @property
+    def error(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the value; 0 where none is claimed."""
+        if math.isnan(self.ci_low):
+            return 0.0, 0.0
+        return max(0.0, self.value - self.ci_low), max(0.0, self.ci_high - self.value)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NullRow(_Key):
@@ -166,6 +177,13 @@ class Results:
         """All nulls, in the order they were added."""
         return tuple(self._nulls.values())
 
+    def nulls_by_row(self) -> dict[tuple[Any, ...], dict[str, NullRow]]:
+        """From the key of each row that has nulls to these, by their kind."""
+        found: dict[tuple[Any, ...], dict[str, NullRow]] = {}
+        for null in self.null_rows:
+            found.setdefault(null.key[:-1], {})[null.null_kind] = null
+        return found
+
     @property
     def meta(self) -> dict[str, Any]:
         """What the rows were measured on: the checkpoint and the data."""
@@ -192,6 +210,54 @@ class Results:
     def nulls(self) -> pd.DataFrame:
         """The nulls, keyed by the same columns as the results, and `null_kind`."""
         return _frame(NullRow, self.null_rows)
+
+    @property
+    def verdicts(self) -> pd.DataFrame:
+        """How many rows of each checkpoint, probe and statistic have which verdict; a column for each that occurs."""
+        import pandas as pd
+
+        counts: dict[tuple[str, str, str], Counter[Verdict]] = {}
+        for row in self.rows:
+            counts.setdefault((row.checkpoint, row.probe, row.statistic), Counter())[row.verdict] += 1
+        found = [verdict for verdict in Verdict if any(verdict in count for count in counts.values())]
+        frame: pd.DataFrame = pd.DataFrame(
+            [[count[verdict] for verdict in found] for count in counts.values()],
+            index=pd.MultiIndex.from_tuples(list(counts), names=["checkpoint", "probe", "statistic"]),
+            columns=[str(verdict) for verdict in found],
+            dtype="int64",
+        )
+        return frame
+
+    @property
+    def missing(self) -> list[str]:
+        """What could not be measured, one sentence each."""
+        several = self.checkpoint.get("checkpoints", [self.checkpoint])
+        return [message for one in several for message in one.get("missing", ())]
+
+    @overload
+    def plot(self, probe: str, checkpoint: str | None = None) -> Canvas: ...
+
+    @overload
+    def plot(self, probe: None = None, checkpoint: str | None = None) -> Figures: ...
+
+    def plot(self, probe: str | None = None, checkpoint: str | None = None) -> Canvas | Figures:
+        """Draw a probe's figure (a matplotlib figure); without a probe a dictionary with all of them.
+
+        Errors as `hopeprobe.plots.draw`.
+        """
+        from hopeprobe.plots import draw, draw_all
+
+        return draw_all(self, checkpoint) if probe is None else draw(self, probe, checkpoint)
+
+    def __repr__(self) -> str:
+        probes = ", ".join(dict.fromkeys(row.probe for row in self.rows)) or "nothing"
+        missing = f"; {len(self.missing)} not measured" if self.missing else ""
+        return f"<Results: {len(self.rows)} rows, {len(self.null_rows)} nulls, of {probes}{missing}>"
+
+    def _repr_html_(self) -> str:
+        from hopeprobe.notebook import as_html
+
+        return as_html(self)
 
     def to_json(self) -> str:
         """One strict JSON document; raises ValueError when checkpoint or data hold an infinite number."""

@@ -65,7 +65,7 @@ def test_every_command_and_snippet(tmp_path):
     print({line: round(s) for line, s in seconds.items()})
 
     demo = tmp_path / "hopeprobe-demo"
-    assert all((demo / name).stat().st_size > 10_000 for name in ("loss.png", "similarity.png"))
+    assert all((demo / name).stat().st_size > 10_000 for name in ("loss.png", "cms-similarity.png"))
     metrics = [json.loads(line) for line in (demo / "metrics.jsonl").read_text().splitlines()]
     assert 0.5 < metrics[-1]["norm_ratio"] < 2
     said = re.search(

@@ -46,7 +46,9 @@ def test_table_shows_values_nulls_and_verdicts(call, trained, text):
 
 def test_an_untrained_checkpoint_is_called_so(call, trained, text, tmp_path):
     out = tmp_path / "untrained.json"
-    done = analyze(call, trained / "step-000000.pt", text, "--all", "--format", "json", "--output", out)
+    # Every condition of every probe is run on twelve models: few tokens, but more than 32 groups of documents.
+    few = ("--tokens", 1200)
+    done = analyze(call, trained / "step-000000.pt", text, "--all", *few, "--format", "json", "--output", out)
     assert done.code == 0, done.err
     rows = json.loads(out.read_text())["results"]
     assert {r["verdict"] for r in rows if r["probe"] == "integrity" and r["statistic"] == "frozen_loss"} == {
@@ -93,7 +95,7 @@ def test_table_to_a_file_and_a_figure(call, trained, text, tmp_path):
     )
     assert done.code == 0, done.err
     assert "delta_cosine" in (tmp_path / "t.txt").read_text()
-    assert (tmp_path / "similarity.png").stat().st_size > 10_000
+    assert (tmp_path / "cms-similarity.png").stat().st_size > 10_000
 
 
 def test_train_then_resume(call, text, tmp_path):
@@ -268,8 +270,8 @@ def test_several_checkpoints_have_a_figure_each(call, trained, text, tmp_path):
     )  # fmt: skip
     assert done.code == 0, done.err
     assert {p.name for p in tmp_path.glob("*.png")} == {
-        "similarity-step-000001.png",
-        "similarity-step-000003.png",
+        "cms-similarity-step-000001.png",
+        "cms-similarity-step-000003.png",
     }
 
 

@@ -83,6 +83,48 @@ def test_frames_have_all_columns_even_when_empty():
     assert frame["value"].dtype == np.float64
 
 
+def test_verdicts_are_counted_by_statistic_and_in_their_order():
+    results = Results(
+        [row(layer=i, verdict=v) for i, v in enumerate(("inconclusive", "learned", "inconclusive"))]
+    )
+    results.extend([row(statistic="cosine", verdict="at-init"), row(probe="integrity", verdict="untrained")])
+    found = results.verdicts
+    assert list(found.columns) == ["learned", "at-init", "untrained", "inconclusive"]
+    assert found.index.names == ["checkpoint", "probe", "statistic"]
+    assert [names[1:] for names in found.index] == [
+        ("cms-similarity", "cka"), ("cms-similarity", "cosine"), ("integrity", "cka")
+    ]  # fmt: skip
+    assert found.to_numpy().tolist() == [[1, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, 0]]
+    assert found.to_numpy().sum() == len(results.rows)
+    assert found.loc[("step-000200.pt", "cms-similarity", "cka"), "inconclusive"] == 2
+    assert Results().verdicts.empty
+    assert Results().verdicts.index.names == ["checkpoint", "probe", "statistic"]
+
+
+def test_what_is_missing_is_said_by_results_and_their_text():
+    results = example()
+    assert results.missing == []
+    assert repr(results) == "<Results: 2 rows, 2 nulls, of cms-similarity>"
+    results.checkpoint = {"checkpoints": [{"missing": ["a.pt: surprise: x"]}, {}, {"missing": ["b.pt: y"]}]}
+    assert results.missing == ["a.pt: surprise: x", "b.pt: y"]
+    assert repr(results) == "<Results: 2 rows, 2 nulls, of cms-similarity; 2 not measured>"
+    assert repr(Results()) == "<Results: 0 rows, 0 nulls, of nothing>"
+
+
+def test_nulls_are_found_by_their_row():
+    results = Results([row(), row(layer=4)], [null(step=200, component="fast-slow"), null(layer=9)])
+    assert [n.value for n in results.nulls_by_row()[results.rows[0].key].values()] == [0.9]
+    assert results.rows[1].key not in results.nulls_by_row()
+    assert set(results.nulls_by_row()[results.rows[0].key]) == {"own-init"}
+
+
+def test_how_far_an_interval_reaches():
+    assert row(value=0.25, ci_low=0.2, ci_high=0.35).error == pytest.approx((0.05, 0.1))
+    assert row(value=0.25, ci_low=math.nan, ci_high=math.nan, verdict="inconclusive").error == (0, 0)
+    # A corrected value may lie outside its interval once both are cut to the range.
+    assert row(value=0.25, ci_low=0.3, ci_high=0.4).error == pytest.approx((0, 0.15))
+
+
 def test_csv_round_trips_through_pandas(tmp_path):
     results = example()
     path, nulls = results.write_csv(tmp_path / "out.csv")

@@ -1,0 +1,88 @@
+"""Results as a notebook shows them: verdicts first, then every number beside its nulls.
+
+One piece of HTML that needs nothing else: no script, no style sheet, nothing from the network. Every text is
+escaped.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from hopeprobe.cells import COLUMNS, by_probe, lines, notes
+from hopeprobe.stats.verdict import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from hopeprobe.results import Results
+
+_COLOURS = {
+    Verdict.LEARNED: "#02805c",
+    Verdict.AT_INIT: "#0173b2",
+    Verdict.INCONCLUSIVE: "#707070",
+    Verdict.NOT_APPLICABLE: "#707070",
+}
+_FAILED = "#c04a00"
+_CELL = "padding:2px 10px 2px 0;vertical-align:top"
+_TEXTS = ("checkpoint", "probe", "statistic", "layer", "component", "other nulls", "verdict")
+_OPEN = 40  # rows of one probe that are shown unfolded
+
+
+def as_html(results: Results) -> str:
+    """What `Results` shows in a notebook."""
+    probes = by_probe(results)
+    nulls = results.nulls_by_row()
+    several = len({checkpoint for checkpoint, _ in probes}) > 1
+    parts = [_verdicts(results, several=several)]
+    if results.missing:
+        items = "".join(f"<li>{escape(message)}</li>" for message in results.missing)
+        parts.append(f'<div style="color:{_FAILED}">not measured:<ul style="margin:0">{items}</ul></div>')
+    for (checkpoint, probe), rows in probes.items():
+        title = f"{probe} · {checkpoint}, {len(rows)} rows"
+        body = _table(
+            COLUMNS, ([*map(escape, cells), _coloured(verdict)] for *cells, verdict in lines(rows, nulls))
+        )
+        said = "".join(f"<div>{escape(note)}</div>" for note in notes(rows))
+        unfolded = " open" if len(rows) <= _OPEN else ""
+        parts.append(
+            f'<details{unfolded} style="margin-top:8px"><summary>{escape(title)}</summary>{body}'
+            f'<div style="font-size:smaller">{said}</div></details>'
+        )
+    return f'<div class="hopeprobe-results">{"".join(parts)}</div>'
+
+
+def _verdicts(results: Results, *, several: bool) -> str:
+    """Count rows by verdict, a line a statistic."""
+    counts = results.verdicts
+    head = [*(counts.index.names if several else counts.index.names[1:]), *counts.columns]
+    body = [
+        [
+            *(escape(str(name)) for name in (names if several else names[1:])),
+            *(
+                _coloured(verdict, str(n)) if n else ""
+                for verdict, n in zip(counts.columns, line, strict=True)
+            ),
+        ]
+        for names, line in zip(counts.index, counts.to_numpy().tolist(), strict=True)
+    ]
+    return _table(head, body) if body else "<p>no results</p>"
+
+
+def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Put cells that are HTML already under headings that are not."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        aligned = (
+            f'<{tag} style="{_CELL};text-align:{"left" if name in _TEXTS else "right"}">{cell}</{tag}>'
+            for name, cell in zip(head, cells, strict=True)
+        )
+        return f"<tr>{''.join(aligned)}</tr>"
+
+    rows = "".join(line(cells, "td") for cells in body)
+    return f"<table><thead>{line([escape(name) for name in head], 'th')}</thead><tbody>{rows}</tbody></table>"
+
+
+def _coloured(verdict: str, text: str | None = None) -> str:
+    colour = _COLOURS.get(Verdict(verdict), _FAILED)
+    return f'<span style="color:{colour}">{escape(verdict if text is None else text)}</span>'

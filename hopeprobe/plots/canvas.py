@@ -1,0 +1,39 @@
+"""A blank figure, and how it becomes a PNG. Imports matplotlib and seaborn: import it where something is drawn.
+
+Figures are made without pyplot: no window, no global state, and the backend does not matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import TYPE_CHECKING, Any
+
+import seaborn as sns
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DPI = 150
+PALETTE: list[Any] = sns.color_palette("colorblind")
+
+
+class Canvas(Figure):
+    """A figure that a notebook shows by itself, pyplot or not."""
+
+    def png(self) -> bytes:
+        """The figure as a PNG file."""
+        image = io.BytesIO()
+        self.savefig(image, dpi=DPI, format="png")
+        return image.getvalue()
+
+    def _repr_png_(self) -> bytes:
+        return self.png()
+
+
+@contextlib.contextmanager
+def blank(width: float, height: float, scale: float = 0.85) -> Iterator[Canvas]:
+    """A canvas in inches, and the style to draw on it with; `scale` is that of its letters."""
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook", font_scale=scale):
+        yield Canvas(figsize=(width, height), layout="constrained")

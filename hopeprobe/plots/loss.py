@@ -1,0 +1,84 @@
+"""The loss curve of a training run, from its record."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.files import write_atomically
+
+
+def plot_loss_curve(
+    metrics: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    path: str | os.PathLike[str],
+    unigram: float | None = None,
+    ln_vocab: float | None = None,
+) -> Path:
+    """Draw training loss and held-out loss, live and frozen, in nats a token against optimiser steps.
+
+    metrics: a `metrics.jsonl`, or its records: `step`, `loss`, and `held_out_live`, `held_out_frozen` where
+    they were measured. unigram, ln_vocab: losses drawn as horizontal lines. Raises BadInputError for a file
+    that cannot be read or written, MeasurementError when no record has a finite loss.
+    """
+    records = _records(metrics) if isinstance(metrics, str | os.PathLike) else list(metrics)
+    from matplotlib.ticker import MaxNLocator
+
+    from .canvas import PALETTE, blank
+
+    curves = (
+        ("loss", "training, live", 0, "-", ""),
+        ("held_out_live", "held-out, live", 1, "-", "o"),
+        ("held_out_frozen", "held-out, frozen (no writes)", 2, "--", "s"),
+    )
+    with blank(8.5, 5.2, scale=0.9) as figure:
+        axes = figure.subplots()
+        for key, label, colour, style, marker in curves:
+            points = _points(records, key)
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True),
+                    label=label,
+                    color=PALETTE[colour],
+                    linestyle=style,
+                    marker=marker,
+                    markersize=4,
+                    linewidth=1.0 if key == "loss" else 1.8,
+                    alpha=0.6 if key == "loss" else 1.0,
+                )
+        if not axes.lines:
+            raise MeasurementError("no record of this run has a finite loss: there is nothing to draw")
+        for value, label, colour, style in (
+            (ln_vocab, "ln V: every token equally likely", 7, ":"),
+            (unigram, "unigram: token frequencies alone", 3, "-."),
+        ):
+            if value is not None:
+                axes.axhline(value, label=f"{label} ({value:.2f})", color=PALETTE[colour], linestyle=style)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel("cross-entropy, nats a token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title("Loss during training")
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        return write_atomically(path, figure.png())
+
+
+def _records(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # The last line may be cut off where a run was killed.
+        return [json.loads(line) for line in lines if line.endswith("}")]
+    except OSError as error:
+        raise BadInputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise BadInputError(f"{path} is not a record of training: {error}") from error
+
+
+def _points(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    found = ((record.get("step"), record.get(key)) for record in records)
+    return [
+        (int(step), float(y)) for step, y in found if step is not None and y is not None and math.isfinite(y)
+    ]

@@ -1,0 +1,136 @@
+"""What a notebook shows of results: verdicts first, every row once, nothing that text could break out of."""
+
+import math
+from html.parser import HTMLParser
+
+import pytest
+
+from hopeprobe.cells import interval, lines, notes, number
+from hopeprobe.results import NullRow, ResultRow, Results
+from hopeprobe.stats import Verdict
+
+VOID = {"img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags are closed in the order in which they were opened; texts by the tag that they stand in."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.texts = [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append((self.open[-1] if self.open else "", data))
+
+    def count(self, tag):
+        return sum(name == tag for name, _ in self.tags)
+
+    def words(self):
+        return [text for _, text in self.texts]
+
+
+def row(**changes):
+    fields = {"probe": "demo", "statistic": "size", "checkpoint": "a.pt", "layer": 0, "component": "fast"}
+    measured = {"value": 0.25, "ci_low": 0.2, "ci_high": 0.3, "unit": "1", "n_tokens": 9, "n_groups": 64}
+    return ResultRow(**{**fields, **measured, "dtype": "float32", "verdict": Verdict.LEARNED, **changes})
+
+
+def null(of, kind="own-init", value=0.9, **changes):
+    names = ("probe", "statistic", "checkpoint", "step", "layer", "component", "condition", "position")
+    return NullRow(**dict(zip(names, of.key, strict=True)), null_kind=kind, value=value, **changes)
+
+
+def test_verdicts_come_first_then_what_is_missing_then_every_row_with_its_nulls():
+    rows = [row(), row(layer=1, verdict=Verdict.DIVERGED, value=math.nan, ci_low=math.nan, ci_high=math.nan)]
+    nulls = [
+        null(rows[0]),
+        null(rows[0], "fresh-init", 0.5, low=0.4, high=0.6),
+        null(rows[0], "shuffled", 0.01),
+    ]
+    results = Results(rows, nulls, checkpoint={"missing": ["a.pt: surprise: the model diverged"]})
+    page = Page(results._repr_html_())
+    words = page.words()
+    assert page.count("table") == 2
+    assert page.count("tr") == (1 + 1) + (1 + 2)
+    order = [
+        words.index(w)
+        for w in ("learned", "1", "a.pt: surprise: the model diverged", "demo · a.pt, 2 rows", "0.25")
+    ]
+    assert order == sorted(order)
+    assert {"[0.2, 0.3]", "0.9", "0.4 … 0.6", "shuffled 0.01", "diverged"} <= set(words)
+
+
+def test_every_text_is_escaped_and_nothing_is_loaded():
+    bad = "<script>alert('x')</script>&\""
+    made = row(
+        probe=bad,
+        statistic=bad,
+        checkpoint=bad,
+        component=bad,
+        position=bad,
+        condition=bad,
+        unit=bad,
+        note=bad,
+    )
+    results = Results([made], [null(made, bad)], checkpoint={"missing": [bad]})
+    text = results._repr_html_()
+    page = Page(text)
+    assert not {"script", "link", "style", "iframe"} & {tag for tag, _ in page.tags}
+    assert "<script" not in text
+    assert all(set(attributes) <= {"style", "class", "open"} for _, attributes in page.tags)
+    assert sum(bad in word for word in page.words()) >= 7
+
+
+def test_long_tables_are_folded_and_several_checkpoints_named():
+    rows = [row(layer=i, checkpoint=c) for c, n in (("a.pt", 41), ("b.pt", 3)) for i in range(n)]
+    page = Page(Results(rows)._repr_html_())
+    folds = [attributes for tag, attributes in page.tags if tag == "details"]
+    assert ["open" in attributes for attributes in folds] == [False, True]
+    assert "checkpoint" in page.words()
+    assert "checkpoint" not in Page(Results(rows[:3])._repr_html_()).words()
+
+
+def test_no_results_say_so():
+    assert "no results" in Page(Results()._repr_html_()).words()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "–"), (math.nan, "–"), (0.0, "0"), (1234.5678, "1235"), (1e-9, "1e-09")]
+)
+def test_numbers_have_four_digits(value, expected):
+    assert number(value) == expected
+
+
+def test_cells_name_units_conditions_and_positions_where_they_tell_rows_apart():
+    rows = [
+        row(statistic="loss", unit="nats", condition="live"),
+        row(statistic="loss", unit="nats", condition="frozen"),
+        row(statistic="size", condition="live", position="8", layer=None),
+    ]
+    cells = list(lines(rows, {}))
+    assert [line[2] for line in cells] == ["fast live", "fast frozen", "fast 8"]
+    assert [line[3] for line in cells] == ["0.25 nats", "0.25 nats", "0.25"]
+    assert [line[1] for line in cells] == ["0", "0", "–"]
+    assert cells[0][5:8] == ("–", "–", "–")
+    assert interval(math.nan, math.nan) == "–"
+
+
+def test_notes_are_said_once_and_counted():
+    said = notes(
+        [row(layer=i, note=f"fresh-init on the first 700 tokens, where this is {i}; x") for i in range(3)]
+    )
+    assert said == ["fresh-init on the first 700 tokens", "x"]
+    assert notes([row(note="x"), row(note="x"), row(note="y")]) == ["x (2 rows)", "y"]
+    many = notes([row(note=f"note {i}") for i in range(9)])
+    assert many == [*(f"note {i}" for i in range(6)), "and 3 more notes"]
+    assert notes([row()]) == []
