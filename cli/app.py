@@ -53,7 +53,7 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 80,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
 ) -> None:
-    """Train a tiny HOPE on text that ships with Python, run every probe, save tables and figures."""
+    """Train a tiny HOPE on text that ships with Python, measure it beside its nulls, save tables and figures."""
     from hopeprobe.cli.demo import run_demo
 
     raise typer.Exit(run_demo(out, steps, seed))
