@@ -95,7 +95,7 @@ class Reducing:
         self._points = subject.module.hook_dict
         self._reducers = {name: _checked(name, fn) for name, fn in reducers.items()}
         self._wanted = positions
-        self._clock = _clock_of(self._points)
+        self._clock = clock_of(self._points)
         self._reset()
 
     def _reset(self) -> None:
@@ -176,7 +176,8 @@ def _checked(name: str, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
     return reduced
 
 
-def _clock_of(points: Mapping[str, HookPoint]) -> str:
+def clock_of(points: Mapping[str, HookPoint]) -> str:
+    """Name a point that fires at each tick, before its writes, with the tokens that it reads."""
     for name, point in points.items():
         if point.spec.cadence == "tick" and "pos" in point.spec.dims:
             return name
