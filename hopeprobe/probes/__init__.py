@@ -7,6 +7,12 @@ measure         all conditions of one model, then what compares them
 integrity       are these the trained weights?
 effects         what a mechanism changes in the loss, and when that may be called help
 middle          half of a window read, fast weights changed, and the rest read
+series          a run's checkpoints: how far weights moved, and when they stopped
+movement        rows about that
+sample          a few windows, for what costs too much to measure on all
+selfmod_drift   which of the memories' parameters moved, and when?
+learning_signal which parameters does the loss reach at all?
+cms_dynamics    how do levels move in training, and are they written when they are due?
 cms_similarity  do levels repeat each other?
 cms_contribution  what does each level of the CMS buy?
 adaptation      which mechanism's writes help?
@@ -21,15 +27,21 @@ from hopeprobe.errors import BadInputError, near_names
 from .adaptation import Adaptation
 from .base import Accumulator, Finding, Measurement, NullValue, Place, Probe, Quantity
 from .cms_contribution import CMSContribution
+from .cms_dynamics import CMSDynamics
 from .cms_similarity import CMSSimilarity
 from .gate_selectivity import GateSelectivity
 from .integrity import Integrity
+from .learning_signal import LearningSignal
+from .selfmod_drift import SelfModDrift
 from .surprise import Surprise
 
 PROBES: dict[str, Probe] = {
     probe.name: probe
     for probe in (
         Integrity(),
+        SelfModDrift(),
+        LearningSignal(),
+        CMSDynamics(),
         CMSSimilarity(),
         CMSContribution(),
         Adaptation(),
