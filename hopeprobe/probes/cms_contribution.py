@@ -40,6 +40,7 @@ from hopeprobe.stats.arrays import as_bool
 from .base import Accumulator, Measurement, Place, Probe, value_without_tokens
 from .cms_similarity import levels_of
 from .effects import EFFECT, WHOLE, PartLosses, contrast, directed, diverged, joint, overridden, unchanged
+from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hopeprobe.conditions import HookRequests
-    from hopeprobe.hooks import HookPoint
+    from hopeprobe.hooks import ActivationCache, HookPoint
     from hopeprobe.stats.arrays import FloatArray
     from hopeprobe.subject import Subject
     from hopeprobe.tokens import EvalBatch, EvalWindows
@@ -74,12 +75,17 @@ def mean_deltas(subject: Subject, windows: EvalWindows) -> dict[str, FloatArray]
         _point(layer, level) for layer, of in levels_of(subject.module.hook_dict).items() for level in of
     ]
     means: dict[str, GroupedMean] = {}
-    for batch in windows:
-        with subject.module.caching(names) as cache:
-            scored = as_bool(subject.run(*as_tensors(batch)).scored)
+
+    def run(one: Subject, batch: EvalBatch) -> tuple[Tensor, ActivationCache]:
+        with one.module.caching(names) as cache:
+            scored = one.run(*as_tensors(batch)).scored
+        return scored, cache
+
+    for batch, (scored, cache) in side_by_side(run, replicas(subject, len(windows)), windows):
         for name in names:
             delta = cache[name]
-            means.setdefault(name, GroupedMean((delta.shape[-1],))).update(delta, scored, batch.group)
+            mean = means.setdefault(name, GroupedMean((delta.shape[-1],)))
+            mean.update(delta, as_bool(scored), batch.group)
     return {name: mean.compute().pooled().mean()[0] for name, mean in means.items()}
 
 

@@ -45,16 +45,28 @@ def test_table_shows_values_nulls_and_verdicts(call, trained, text):
 
 
 def test_an_untrained_checkpoint_is_called_so(call, trained, text, tmp_path):
-    out = tmp_path / "untrained.json"
-    # Every condition of every probe is run on twelve models: few tokens, but more than 32 groups of documents.
-    few = ("--tokens", 1200)
-    done = analyze(call, trained / "step-000000.pt", text, "--all", *few, "--format", "json", "--output", out)
+    probes = ("--probe", "integrity", "--probe", "cms-similarity")
+    check_untrained(call, trained, text, tmp_path / "untrained.json", *probes)
+
+
+@pytest.mark.slow  # every condition of every probe is run on twelve models
+def test_no_probe_finds_that_an_untrained_checkpoint_has_learned(call, trained, text, tmp_path):
+    rows = check_untrained(call, trained, text, tmp_path / "untrained.json", "--all")
+    assert {r["probe"] for r in rows} == set(PROBES)
+    assert "learned" not in {r["verdict"] for r in rows}
+
+
+def check_untrained(call, trained, text, out, *probes):
+    done = analyze(
+        call, trained / "step-000000.pt", text, *probes, "--tokens", 2100, "--format", "json", "--output", out
+    )
     assert done.code == 0, done.err
     rows = json.loads(out.read_text())["results"]
     assert {r["verdict"] for r in rows if r["probe"] == "integrity" and r["statistic"] == "frozen_loss"} == {
         "untrained"
     }
     assert {r["verdict"] for r in rows if r["probe"] == "cms-similarity"} == {"at-init"}
+    return rows
 
 
 def test_json_is_one_strict_document_with_the_fingerprint(call, trained, text):
