@@ -61,6 +61,7 @@ STYLES = {
 
 LARGE = "k.w1 k.w2 v.w1 v.w2 q.w1 q.w2 memory.w1 memory.w2"
 SMALL = "eta.w1 eta.w_skip alpha.w1 alpha.w_skip"
+MEMORIES = "selfmod.k selfmod.v selfmod.eta selfmod.alpha selfmod.memory"
 # What was published, the plain figure that stands beside it, and the rows that judge it: probe, statistic, components.
 ROWS = (
     ("CMS level L2 norm", "~26.15, within 0.2 %", "level_norm", ("cms-dynamics", "weight_norm", "")),
@@ -93,9 +94,9 @@ ROWS = (
         "‖θ_fast − θ_meta‖ / ‖θ_meta‖, 16 tokens",
         "≈ 1.0",
         "relative_drift",
-        ("meta-fast", "relative_drift", ""),
+        ("meta-fast", "relative_drift", MEMORIES),
     ),
-    ("‖θ_fast‖ / ‖θ_meta‖, 16 tokens", "not reported", "norm_ratio", ("meta-fast", "norm_ratio", "")),
+    ("‖θ_fast‖ / ‖θ_meta‖, 16 tokens", "not reported", "norm_ratio", ("meta-fast", "norm_ratio", MEMORIES)),
 )
 
 
@@ -249,11 +250,10 @@ def measure():
         progress=lambda what, done, total: print(f"{what}: {done}/{total}", end="\r", file=sys.stderr),
     )
     seconds["hopeprobe"] = round(time.monotonic() - started)
-    used = {*(row[3][:2] for row in ROWS if row[3])}
     kept = [
         {c: rounded(row[c]) for c in COLUMNS if row[c] not in (None, "")}
         for row in json.loads(results.to_json())["results"]
-        if row["probe"] == "integrity" or (row["probe"], row["statistic"]) in used
+        if row["probe"] == "integrity" or any(matches(row, *judged) for *_, judged in ROWS if judged)
     ]
     versions = {name: metadata.version(name) for name in ("nested-learning", "hopeprobe", "torch")}
     return {
@@ -285,17 +285,22 @@ def shown(key, value):
     return " to ".join(dict.fromkeys(texts))
 
 
-def verdicts(document, probe, statistic="", components=""):
-    """How rows were judged, counted."""
-    rows = [
-        row["verdict"]
-        for row in document["results"]
-        if row["probe"] == probe
+def matches(row, probe, statistic="", components=""):
+    """Whether a row of results is one of those that judge a figure."""
+    return (
+        row["probe"] == probe
         and statistic in ("", row["statistic"])
         and (not components or row.get("component") in components.split())
-    ]
-    counted = ", ".join(f"{verdict} ({n})" for verdict, n in sorted(Counter(rows).items()))
-    return f"{probe}: {counted or 'not measured'}"
+    )
+
+
+def verdicts(document, *judged):
+    """How rows were judged, counted, and how many notes say that these are other initial weights than the run's."""
+    rows = [row for row in document["results"] if matches(row, *judged)]
+    counts = Counter(row["verdict"] for row in rows)
+    counted = ", ".join(f"{verdict} ({n})" for verdict, n in sorted(counts.items())) or "not measured"
+    alike = sum("another initialisation" in row.get("note", "") for row in rows)
+    return f"{judged[0]}: {counted}" + (f"; {alike} say: another initialisation" if alike else "")
 
 
 def table(document):
@@ -329,7 +334,8 @@ alone, on {figures["tokens"]:,} tokens; the verdicts are hopeprobe's, on {data["
 No figure needs training. With h = 4d a level's norm is √(d + h/3 + d/3 + h/(3d) + d/(3h)) = {norm:.2f}; two levels lie
 {drift:.2f} apart, two projections √(2d/3) = {projections:.2f}, two rows √(2/3) = 0.82. That the study's checkpoints
 were like this is an inference from the numbers; its code is not public. `inconclusive` is what hopeprobe says of a
-number that has no interval, such as a distance of weights, and of a test that decided nothing.
+number that has no interval, such as a distance of weights, and of a test that decided nothing; `no-signal` of a gate
+that lets everything pass; `collapsed` of fast weights of which nothing is left: such is a drift of 1.0 here.
 """
 
 
