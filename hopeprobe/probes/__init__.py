@@ -16,6 +16,7 @@ cms_dynamics    how do levels move in training, and are they written when they a
 cms_similarity  do levels repeat each other?
 cms_contribution  what does each level of the CMS buy?
 adaptation      which mechanism's writes help?
+meta_fast       how far do fast weights move from meta weights, by writing or by decay, and what does it change?
 surprise        how surprising is the text to the model, token by token?
 gate_selectivity  does the surprise gate select, and which tokens does it keep?
 """
@@ -32,6 +33,7 @@ from .cms_similarity import CMSSimilarity
 from .gate_selectivity import GateSelectivity
 from .integrity import Integrity
 from .learning_signal import LearningSignal
+from .meta_fast import MetaFast
 from .selfmod_drift import SelfModDrift
 from .surprise import Surprise
 
@@ -45,6 +47,7 @@ PROBES: dict[str, Probe] = {
         CMSSimilarity(),
         CMSContribution(),
         Adaptation(),
+        MetaFast(),
         Surprise(),
         GateSelectivity(),
     )
