@@ -3,6 +3,7 @@
 loss           the loss curve of a training run
 similarity     the levels of the CMS, layer by layer
 rows           any probe: every value with its interval beside its nulls, coloured by verdict
+marks          what a value, a verdict and a null look like there
 canvas         a blank figure, and how it becomes a PNG
 
 `draw` gives a probe's figure: its own where `FIGURES` has one, else that of `rows`. seaborn and matplotlib load
