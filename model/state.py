@@ -156,4 +156,4 @@ def select_rows(state: State, rows: Tensor | list[int]) -> State:
 
 def average_rows(x: Tensor, weights: Tensor) -> Tensor:
     """Rows of (B, ...) replaced by weighted averages of rows: `weights` is (B, B), row r holds those of new row r."""
-    return torch.tensordot(weights.to(x), x, dims=1)
+    return cast(Tensor, torch.tensordot(weights.to(x), x, dims=1))

@@ -41,13 +41,13 @@ PROBES: dict[str, Probe] = {
     probe.name: probe
     for probe in (
         Integrity(),
-        SelfModDrift(),
-        LearningSignal(),
-        CMSDynamics(),
         CMSSimilarity(),
+        CMSDynamics(),
         CMSContribution(),
-        Adaptation(),
+        SelfModDrift(),
         MetaFast(),
+        Adaptation(),
+        LearningSignal(),
         Surprise(),
         GateSelectivity(),
     )
