@@ -132,6 +132,7 @@ class _Run:
     cache: NullCache
     progress: Progress | None
     missing: list[str] = field(default_factory=list)
+    missed: set[str] = field(default_factory=set)
     rows: list[ResultRow] = field(default_factory=list)
     null_rows: list[NullRow] = field(default_factory=list)
     own_init: str = "known"
@@ -158,6 +159,8 @@ class _Run:
                 self._judge(probe, probe.review(self.subject, found))
             except MeasurementError as error:
                 self._miss(probe.name, "", str(error))
+            if probe.name not in self.missed and not any(row.probe == probe.name for row in self.rows):
+                self._miss(probe.name, "", "it gave no row, so it measured nothing")
 
     def describe(self) -> dict[str, Any]:
         """What results record about the checkpoint."""
@@ -305,6 +308,7 @@ class _Run:
         }
 
     def _miss(self, name: str, condition: str, reason: str) -> None:
+        self.missed.add(name)
         self.missing.append(f"{self.label}: {name}{f' ({condition})' if condition else ''}: {reason}")
 
     def _told(self, null: str) -> Told:

@@ -23,7 +23,7 @@ from hopeprobe.stats import GROUPS, Estimate, FreshInit, GroupedMoments, Moments
 from hopeprobe.stats.jackknife import UNBOUNDED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -145,11 +145,12 @@ def value_without_tokens(value: float) -> Estimate:
 
 
 def measured(
-    quantities: Sequence[Quantity],
+    quantities: Iterable[Quantity],
     condition: str = "",
     remarks: Mapping[Place, tuple[Verdict | None, str]] | None = None,
 ) -> list[Measurement]:
     """Every row with its interval; those with a `null_kind` become nulls of the row at the same place."""
+    quantities = list(quantities)  # a generator gives them once
     nulls: dict[RowKey, list[NullValue]] = {}
     for quantity in quantities:
         if quantity.null_kind:
@@ -177,7 +178,7 @@ def measured(
     return rows
 
 
-def plug_ins(quantities: Sequence[Quantity], condition: str = "") -> dict[RowKey, float]:
+def plug_ins(quantities: Iterable[Quantity], condition: str = "") -> dict[RowKey, float]:
     """Every row's value on all tokens, without an interval: what a fresh re-initialisation is asked for."""
     return {(q.condition or condition, q.place): q.plug_in() for q in quantities if not q.null_kind}
 
@@ -212,7 +213,7 @@ class Accumulator(ABC):
         """
 
     @abstractmethod
-    def quantities(self) -> list[Quantity]:
+    def quantities(self) -> Iterable[Quantity]:
         """List every row, and the nulls that the pass itself gives."""
 
     def remarks(self) -> Mapping[Place, tuple[Verdict | None, str]]:

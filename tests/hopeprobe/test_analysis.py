@@ -15,9 +15,10 @@ from hopeprobe.conditions import LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.nulls import fresh_seeds
-from hopeprobe.probes.base import Place, Quantity
+from hopeprobe.probes.base import Accumulator, Place, Probe, Quantity
 from hopeprobe.probes.integrity import Integrity
 from hopeprobe.results import Results
+from hopeprobe.stats import GroupedMean, mean_of
 from hopeprobe.subject import MissingCapability, load
 
 BOTH = ("integrity", "cms-similarity")  # not "all": other probes have tests of their own
@@ -118,6 +119,44 @@ def test_a_statistic_that_overflows_is_missing_and_the_rest_is_there(toy_run, se
     (message,) = missing_from(results)
     assert message == "step-000040.pt: overflowing (live): the statistic is infinite"
     assert "frozen_loss" in set(results.table[results.table.probe == "integrity"].statistic)
+
+
+class Mute(Probe):
+    """Looks on and says nothing."""
+
+    name, question, statistics = "mute", "?", ("nothing",)
+
+    def applies(self, subject):
+        return None
+
+    def accumulator(self, subject, condition, windows):
+        return Silence(condition)
+
+
+class Silence(Accumulator):
+    def update(self, cache, losses, scored, batch):
+        self.moments.setdefault("loss", GroupedMean()).update(losses, scored, batch.group)
+
+    def quantities(self):
+        return []
+
+
+class Once(Silence):
+    """Its rows can be asked for once."""
+
+    def quantities(self):
+        yield Quantity(Place("nothing"), "nats", mean_of, lambda: (self.moments["loss"],))
+
+
+def test_a_probe_that_gives_no_row_is_missing(subject, settings, monkeypatch):
+    results = analyze(subject, [Mute(), "integrity"], **settings | {"fresh": 0})
+    assert missing_from(results) == [f"{subject.name}: mute: it gave no row, so it measured nothing"]
+    assert {row.probe for row in results.rows} == {"integrity"}
+    with pytest.raises(MeasurementError, match="mute: it gave no row"):
+        analyze(subject, Mute(), **settings | {"fresh": 0})
+    monkeypatch.setattr(Mute, "accumulator", lambda self, subject, condition, windows: Once(condition))
+    (row,) = analyze(subject, Mute(), **settings | {"fresh": 2}).rows
+    assert row.n_tokens == 1600
 
 
 def test_a_null_that_could_not_be_measured_is_never_taken_for_passed(toy_run, settings, monkeypatch):
