@@ -161,6 +161,20 @@ class _Run:
                 self._miss(probe.name, "", str(error))
             if probe.name not in self.missed and not any(row.probe == probe.name for row in self.rows):
                 self._miss(probe.name, "", "it gave no row, so it measured nothing")
+        self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Take back `learned` where another row says that these weights were never trained: one in twenty is chance."""
+        why = "not learned: these weights are untrained, as another row says"
+        if any(row.verdict is Verdict.UNTRAINED for row in self.rows):
+            self.rows = [
+                dataclasses.replace(
+                    row, verdict=Verdict.INCONCLUSIVE, note="; ".join(filter(None, (row.note, why)))
+                )
+                if row.verdict is Verdict.LEARNED
+                else row
+                for row in self.rows
+            ]
 
     def describe(self) -> dict[str, Any]:
         """What results record about the checkpoint."""

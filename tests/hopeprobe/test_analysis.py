@@ -15,10 +15,10 @@ from hopeprobe.conditions import LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.nulls import fresh_seeds
-from hopeprobe.probes.base import Accumulator, Place, Probe, Quantity
+from hopeprobe.probes.base import Accumulator, Finding, Measurement, Place, Probe, Quantity
 from hopeprobe.probes.integrity import Integrity
 from hopeprobe.results import Results
-from hopeprobe.stats import GroupedMean, mean_of
+from hopeprobe.stats import FreshInit, GroupedMean, Verdict, jackknife, mean_of
 from hopeprobe.subject import MissingCapability, load
 
 BOTH = ("integrity", "cms-similarity")  # not "all": other probes have tests of their own
@@ -330,3 +330,38 @@ def test_the_library_never_imports_the_model():
         "assert 'seaborn' not in sys.modules and 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_learned_by_weights_that_another_row_calls_untrained(toy_run, subject_of, settings):
+    class Certain(Probe):
+        """Has a row that the rule calls learned, whatever the weights are."""
+
+        name, question, statistics = "certain", "Is it so?", ("certainty",)
+
+        def applies(self, subject):
+            return None
+
+        def conditions(self, subject):
+            return ()
+
+        def of_model(self, subject, initial, windows):
+            rng = np.random.default_rng(0)
+            mean = GroupedMean()
+            mean.update(5 + rng.normal(size=(64, 4)), np.ones((64, 4), bool), np.arange(64))
+            found = jackknife(mean_of, mean)
+            fresh = FreshInit((0.0, 0.1, -0.1), found.value)
+            return [Finding(Measurement(Place("certainty"), "", "1", found), None, fresh)]
+
+    probes = ["integrity", Certain()]
+    trained = analyze(toy_run / "step-000040.pt", probes, **settings)
+    row = next(row for row in trained.rows if row.probe == "certain")
+    assert row.verdict is Verdict.LEARNED
+    impostor = subject_of(seed=7)
+    impostor.trained_steps, impostor.own_init = 40, lambda: subject_of(seed=0)
+    alleged = analyze(impostor, probes, **settings)
+    assert {row.verdict for row in alleged.rows if row.probe == "integrity"} == {Verdict.UNTRAINED}
+    row = next(row for row in alleged.rows if row.probe == "certain")
+    assert row.verdict is Verdict.INCONCLUSIVE
+    assert "untrained" in row.note
+    alone = analyze(impostor, Certain(), **settings)
+    assert [row.verdict for row in alone.rows] == [Verdict.LEARNED]  # nobody asked whether they are trained
