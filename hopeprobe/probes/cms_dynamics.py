@@ -25,7 +25,7 @@ weights are the same at two checkpoints; `collapsed`: weights that are all zero.
 size; a number without an interval decides nothing alone.
 
 Cost: 6 initial models, each earlier checkpoint of the run read once, and some 6,000 tokens read (half of them by the
-initial model and fresh ones); memory is that of all fast weights for 4 windows, twice.
+initial model and fresh ones; 1 min for `small` on one core); memory is that of all fast weights for 4 windows, twice.
 
 Source: "Dissecting HOPE", section 4.2: norms of 26.15 and drift of 29.2 for both levels. At d = 256 these are the norm
 of any level that was never trained and the distance between two of them, √(d + h/3 + d/3 + h/(3d) + d/(3h)) and
@@ -66,6 +66,7 @@ from .movement import (
 )
 from .readings import clock_of
 from .sample import Kind, Reading, findings, sampled
+from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -202,7 +203,8 @@ def count_writes(subject: Subject, batches: Sequence[EvalBatch]) -> dict[tuple[i
     names, ticks = _level_names(subject), clock_of(subject.module.hook_dict)
     periods, metas = subject.write_periods(), subject.meta_weights()
     found = {where: LevelWrites(periods[f"{MECHANISM}.{where[1]}"]) for where in names}
-    for batch in batches:
+
+    def run(worker: Subject, batch: EvalBatch) -> dict[tuple[int, str], _Watch]:
         clock = _Clock()
         watches = {w: _Watch(clock, [metas[f"{name}.{hook}"] for hook in _FAST]) for w, name in names.items()}
         hooks: list[tuple[str, Callable[[Tensor, HookPoint], None]]] = [(ticks, clock)]
@@ -210,8 +212,11 @@ def count_writes(subject: Subject, batches: Sequence[EvalBatch]) -> dict[tuple[i
             hooks.append((f"{name}.hook_write_gate", watches[where].gate))
             hooks += [(f"{name}.{hook}", partial(watches[where].fast, i)) for i, hook in enumerate(_FAST)]
         # Points that never fire are what is looked for: a level that is never written.
-        with torch.no_grad(), subject.module.hooks(hooks, allow_unfired=True):
-            subject.run(*as_tensors(batch))
+        with torch.no_grad(), worker.module.hooks(hooks, allow_unfired=True):
+            worker.run(*as_tensors(batch))
+        return watches
+
+    for batch, watches in side_by_side(run, replicas(subject, len(batches)), batches):
         for where, watch in watches.items():
             watch.finish(found[where], batch.lengths.tolist(), names[where])
     return found

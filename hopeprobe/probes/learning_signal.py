@@ -17,7 +17,7 @@ shorter one a write is not read, and no gradient comes back through it. Otherwis
 differs from that of an untrained model; where that has none, there is no ratio, and the row is `inconclusive`.
 
 Cost: one backward for each of 32 windows of 64 tokens or so (`sample.py`), for the initial model as well, and 32 for
-fresh ones; 40 s for `tiny` and 3 min for `small` on one core. Checkpoints of one run share the last two. Gradients that
+fresh ones; 40 s for `tiny`, 4 min for `small` on one core. Checkpoints of one run share the last two. Gradients that
 parameters hold (`.grad`), `requires_grad` and the training mode stay as they are.
 
 Source: the public reproduction writes under `no_grad`, which cuts M_k, M_v, M_η and M_α off from the language
@@ -40,6 +40,7 @@ from hopeprobe.subject import MissingCapability
 
 from .base import Finding, Place, Probe
 from .sample import Kind, Reading, findings, sampled
+from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -97,8 +98,11 @@ def read_gradients(subject: Subject, batches: Sequence[EvalBatch]) -> dict[Place
     """Norms of the gradient in every window, by parameter, by group, and of all; one window a batch."""
     rows = _rows(subject)
     found: dict[Place, list[Reading]] = {place: [] for place in rows}
-    for batch in batches:
-        squares = gradients(subject, *as_tensors(batch))
+
+    def run(worker: Subject, batch: EvalBatch) -> dict[str, float]:
+        return gradients(worker, *as_tensors(batch))
+
+    for batch, squares in side_by_side(run, replicas(subject, len(batches)), batches):
         for place, names in rows.items():
             norm = math.sqrt(sum(squares[name] for name in names))
             found[place].append(Reading(norm, int(batch.lengths[0])))

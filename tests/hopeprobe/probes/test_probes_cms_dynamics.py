@@ -12,7 +12,7 @@ import torch
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.errors import MeasurementError
 from hopeprobe.model.config import CMSLevel, published
-from hopeprobe.probes.cms_dynamics import CMSDynamics, count_writes, parts_of
+from hopeprobe.probes.cms_dynamics import CMSDynamics, LevelWrites, _Clock, _Watch, count_writes, parts_of
 from hopeprobe.probes.sample import sampled
 from hopeprobe.subject import MissingCapability, load
 from hopeprobe.tokens import EvalWindows, TokenData
@@ -163,6 +163,17 @@ def test_writes_agree_with_the_states_of_single_steps(subject_of, configs, toy_d
     assert counts[0, "fast"].opened == counts[0, "fast"].done
 
 
+def test_batches_side_by_side_give_the_same(subject, toy_data):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = count_writes(subject, batches_of(toy_data, 4))
+        torch.set_num_threads(3)
+        assert count_writes(subject, batches_of(toy_data, 4)) == alone
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_rows_of_writes(toy_run, toy_data, settings):
     table, nulls = table_of(toy_run / "step-000040.pt", settings, tokens=1000)
     for layer in (0, 1):
@@ -302,3 +313,20 @@ def test_other_models(subject_of, configs, settings):
     table, _ = table_of(subject_of(published(configs["toy"])), settings, tokens=200)
     assert of(table, "writes", 1, "fast").value == 1
     assert set(table.component[table.statistic == "weight_norm"]) == {"fast", "slow"}
+
+
+def test_a_last_bit_is_no_write():
+    """A model may assemble the fast weights of a window anew because another in its batch was written."""
+    meta = torch.linspace(0.1, 1, 12).view(3, 4)
+    flipped = torch.nextafter(meta, torch.tensor(2.0))
+    written = meta + 1e-4
+    clock = _Clock()
+    watch, counted = _Watch(clock, [meta, meta]), LevelWrites(8)
+    clock.read = 8
+    for which in (0, 1):
+        watch.fast(which, torch.stack([flipped, written]), None)
+    watch.finish(counted, [8, 8], "level")
+    assert counted.done == [0, 1]
+    assert counted.size == pytest.approx(
+        [0, 1e-4 * math.sqrt(24) / (math.sqrt(2) * float(meta.norm()))], abs=1e-6
+    )

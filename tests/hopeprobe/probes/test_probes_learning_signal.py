@@ -205,6 +205,18 @@ def test_nothing_of_the_model_is_changed(subject_of, settings):
     assert not any(point.active for point in module.hook_dict.values())
 
 
+def test_windows_side_by_side_give_the_same(subject_of, toy_data):
+    subject, batches = subject_of(), sampled(windows_of(toy_data), 0)[:5]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = read_gradients(subject, batches)
+        torch.set_num_threads(3)
+        assert read_gradients(subject, batches) == alone
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_it_works_where_gradients_are_switched_off(subject_of, toy_data):
     batches = sampled(windows_of(toy_data), 0)[:1]
     with torch.no_grad():
