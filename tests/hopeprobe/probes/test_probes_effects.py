@@ -90,6 +90,9 @@ def test_collapse_takes_a_mechanism_that_can_die_and_was_alive():
     assert directed(finding(0.009, -0.009), may_collapse=True).override == Verdict.INCONCLUSIVE
     wide = finding(0.0, -0.97, noise=100 * NOISE)
     assert directed(wide, may_collapse=True).override == Verdict.INCONCLUSIVE
+    here, before = estimate(0.001, NOISE, 64), estimate(-0.97, 20_000 * (NOISE - NOISE.mean()), 64)
+    unsure = dataclasses.replace(finding(0.001, -0.97), difference=paired_difference(here, before))
+    assert directed(unsure, may_collapse=True).override == Verdict.INCONCLUSIVE
 
 
 def test_without_own_init_fresh_models_say_where_it_started():
@@ -145,6 +148,8 @@ def test_diverged_is_worse_than_guessing_and_than_the_start(now, start, says):
     if says:
         assert "14 nats" in diverged(Model, [loss])
         assert not diverged(Model, [finding(14.0, 14.0, Place(LOSS), "live", rows=20)]), "no interval"
+        unsure = finding(14.0, 13.9, Place(LOSS), "live", noise=3000 * NOISE)
+        assert not diverged(Model, [unsure]), "the interval holds 0"
         fresh_alone = dataclasses.replace(loss, difference=None)
         assert diverged(Model, [fresh_alone])
         assert not diverged(Model, [dataclasses.replace(fresh_alone, fresh=None)])
