@@ -104,11 +104,11 @@ class HookedPeer(Hooked, nn.Module):
             spec = HookSpec(("batch", "out", "in"), "write", False, f"W_{name} + what was written")
             registry.add(f"{prefix}.hook_fast_{name}", spec)
 
-        def whole(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:  # noqa: ARG001
+        def whole(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             if self._seen is not None:
                 self._seen[f"{prefix}.hook_in"], self._seen[f"{prefix}.hook_out"] = args[0], out
 
-        def added(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:  # noqa: ARG001
+        def added(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
             if self._seen is not None:
                 self._seen[f"{prefix}.hook_delta"] = out
 

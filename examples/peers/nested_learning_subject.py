@@ -267,7 +267,7 @@ class NestedLearningSubject(Subject):
         return told | {"learning_rate": rate, "beta1": beta1, "beta2": beta2, "weight_decay": decay}
 
 
-def _close(gate: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - the signature of a hook
+def _close(gate: Tensor, hook: HookPoint) -> Tensor:
     return torch.zeros_like(gate)
 
 

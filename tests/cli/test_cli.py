@@ -10,7 +10,10 @@ import zipfile
 import pytest
 import torch
 
+from hopeprobe.conditions import LIVE
+from hopeprobe.errors import MeasurementError
 from hopeprobe.probes import PROBES
+from hopeprobe.probes.integrity import Integrity
 
 
 def analyze(call, checkpoint, text, *more):
@@ -108,6 +111,67 @@ def test_table_to_a_file_and_a_figure(call, trained, text, tmp_path):
     assert done.code == 0, done.err
     assert "delta_cosine" in (tmp_path / "t.txt").read_text()
     assert (tmp_path / "cms-similarity.png").stat().st_size > 10_000
+
+
+class Broken(Integrity):
+    """Cannot be measured."""
+
+    name = "broken"
+
+    def conditions(self, subject):
+        return (LIVE,)
+
+    def accumulator(self, subject, condition, windows):
+        made = super().accumulator(subject, condition, windows)
+        made.update = self.update
+        return made
+
+    def update(self, cache, losses, scored, batch):
+        raise MeasurementError("planted: not finite at 3 of 600 tokens")
+
+    def of_model(self, subject, initial, windows):
+        return ()
+
+
+@pytest.fixture
+def broken_first(monkeypatch):
+    """One probe that cannot be measured and one that can: --all takes both."""
+    for name in list(PROBES):
+        monkeypatch.delitem(PROBES, name)
+    for probe in (Broken(), Integrity()):
+        monkeypatch.setitem(PROBES, probe.name, probe)
+
+
+def analyze_quickly(call, trained, text, *more):
+    return call(
+        "analyze", trained / "step-000003.pt", "--data", text, "--split", "all", "--tokens", 600, *more
+    )
+
+
+def test_a_probe_that_fails_leaves_the_others_results_and_status_3(
+    call, trained, text, tmp_path, broken_first
+):
+    out, figures = tmp_path / "out.json", tmp_path / "figures"
+    options = ("--all", "--format", "json", "--output", out, "--figures", figures)
+    done = analyze_quickly(call, trained, text, *options)
+    assert done.code == 3
+    message = "step-000003.pt: broken (live): planted: not finite at 3 of 600 tokens"
+    assert f"not measured: {message}" in done.err
+    assert "Traceback" not in done.err
+    document = json.loads(out.read_text())
+    assert document["checkpoint"]["missing"] == [message]
+    assert {row["probe"] for row in document["results"]} == {"integrity"}
+    assert {"frozen_loss", "distance_from_init"} <= {row["statistic"] for row in document["results"]}
+    assert [path.name for path in figures.iterdir()] == ["integrity.png"]
+
+
+def test_where_nothing_could_be_measured_nothing_is_written(call, trained, text, tmp_path, broken_first):
+    out = tmp_path / "out.json"
+    done = analyze_quickly(call, trained, text, "--probe", "broken", "--format", "json", "--output", out)
+    assert done.code == 3
+    assert "nothing could be measured" in done.err
+    assert "planted" in done.err
+    assert not out.exists()
 
 
 def test_train_then_resume(call, text, tmp_path):
