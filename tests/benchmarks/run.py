@@ -2,6 +2,8 @@
 
     hooks      what the idle hook points of one forward pass cost, as a share of that pass
     streaming  arithmetic a streaming evaluation does (with all writes), against the matrix-product rate of this machine
+    workers    a pass with a batch in each thread against one with all threads on each batch
+    probes     a pass that feeds all probes which need no intervention, and their rows, against one that only scores
     closed     the chunk write in closed form against the same recurrence token by token
 
 Run with `make bench`; `--json FILE` keeps the numbers.
@@ -20,10 +22,20 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hopeprobe.conditions import LIVE
 from hopeprobe.hooks import HookPoint
 from hopeprobe.model.config import ModelConfig, preset
 from hopeprobe.model.hope import HopeModel
+from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.write import chunk_decay, solve_errors
+from hopeprobe.opening import suitable_batch
+from hopeprobe.probes import PROBES, Probe
+from hopeprobe.probes.integrity import MeanLoss
+from hopeprobe.probes.passes import run_pass
+from hopeprobe.probes.workers import blas_threads
+from hopeprobe.tokens import EvalWindows, load_tokens
+
+TOKENS = 32_768  # what `hopeprobe analyze` reads
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -83,6 +95,60 @@ def streaming(name: str) -> dict[str, float]:
     }
 
 
+class Scoring(Probe):
+    """Reads the losses and nothing else."""
+
+    name, question, statistics = "scoring", "What is the loss?", ("loss",)
+
+    def applies(self, subject):
+        """Every model."""
+
+    def accumulator(self, subject, condition, windows):
+        """Make one of the mean loss."""
+        return MeanLoss(condition)
+
+
+class OneAtATime(HopeSubject):
+    """A subject without replicas."""
+
+    def replica(self) -> None:
+        """Have none."""
+
+
+def workers_and_probes(name: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Three kinds of pass in turn, three times; medians of the ratios within a turn, and what the rows cost."""
+    model = HopeModel(preset(name))
+    subject, alone = HopeSubject(model), OneAtATime(model)
+    context = model.config.context
+    batch = suitable_batch(context, "window")
+    windows = EvalWindows(load_tokens("builtin"), "heldout", context=context, tokens=TOKENS, batch=batch)
+    fitting = [p for p in PROBES.values() if p.applies(subject) is None]
+    watching = [p for p in fitting if [c.name for c in p.conditions(subject)] == [LIVE.name]]
+    by_workers, by_probes, rows = [], [], []
+    with blas_threads(1):
+        for _ in range(3):
+            bare = once(lambda: run_pass(subject, windows, [Scoring()], LIVE))
+            by_workers.append(once(lambda: run_pass(alone, windows, [Scoring()], LIVE)) / bare)
+            started = time.perf_counter()
+            found = run_pass(subject, windows, watching, LIVE)
+            if found.failed:
+                raise RuntimeError(str(found.failed))
+            by_probes.append((time.perf_counter() - started) / bare)
+            rows.append(once(lambda: [a.measurements() for a in found.accumulators.values()]) / bare)  # noqa: B023
+    return {"a thread each: times as fast": statistics.median(by_workers)}, {
+        "probes": len(watching),
+        "pass / bare pass": statistics.median(by_probes),
+        "rows with intervals / bare pass": statistics.median(rows),
+    }
+
+
+def once(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
 def closed() -> dict[str, float]:
     """One chunk of 64 tokens, d = 256, B = 8."""
     batch, n, d = 8, 64, 256
@@ -117,6 +183,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args()
     results = {"hooks": hooks(options.preset), "streaming": streaming(options.preset), "closed": closed()}
+    results["workers"], results["probes"] = workers_and_probes(options.preset)
     table = Table(title=f"{options.preset}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for column in ("benchmark", "what", "value"):
         table.add_column(column)
