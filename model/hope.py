@@ -42,10 +42,11 @@ class _Made(NamedTuple):
 
 
 class _Tick(NamedTuple):
+    """What a tick leaves for the window's loss: not its state, of which a window would keep one a tick."""
+
     final: Tensor  # (B, C, d): what the head reads
     losses: Tensor  # (B, C), outside the graph
     grads: Tensor  # (B, C, d): dCE_t/d final_t, outside the graph
-    state: State
 
 
 _Prepared = tuple[tuple[Weights, ...] | None, ...]
@@ -193,8 +194,8 @@ class HopeModel(Hooked, nn.Module):
             )
         targets = torch.cat([tokens[:, 1:], next_token[:, None]], dim=1)
         kept = self._keeping(targets)
-        tick = self._tick(self._prepared(), state, F.embedding(tokens, self.embed), targets, kept)
-        return self._differentiable([tick], [targets], kept), tick.state
+        tick, after = self._tick(self._prepared(), state, F.embedding(tokens, self.embed), targets, kept)
+        return self._differentiable([tick], [targets], kept), after
 
     def _tick(
         self,
@@ -204,7 +205,7 @@ class HopeModel(Hooked, nn.Module):
         targets: Tensor,
         kept: list[Kept] | None,
         donated: bool = False,
-    ) -> _Tick:
+    ) -> tuple[_Tick, State]:
         """The primitive on embedded tokens (B, n <= C, d); a tick that is not complete is scored and not written.
 
         `donated` says that the caller made `state` itself and needs it no more: without an outer gradient it
@@ -242,7 +243,7 @@ class HopeModel(Hooked, nn.Module):
                 )
         if not outer:
             layers, final = list(detach_state(tuple(layers))), final.detach()
-        return _Tick(final, losses, grads, State(tuple(layers), state.pending, state.position + n))
+        return _Tick(final, losses, grads), State(tuple(layers), state.pending, state.position + n)
 
     def _write(
         self,
@@ -328,9 +329,9 @@ class HopeModel(Hooked, nn.Module):
         for start in range(0, inputs.shape[1], self.config.tick):
             stop = start + self.config.tick
             tick_targets.append(targets[:, start:stop])
-            tick = self._tick(prepared, state, embedded[:, start:stop], tick_targets[-1], kept, donated=True)
+            x = embedded[:, start:stop]
+            tick, state = self._tick(prepared, state, x, tick_targets[-1], kept, donated=True)
             ticks.append(tick)
-            state = tick.state
         return Output(self._differentiable(ticks, tick_targets, kept), targets >= 0, state)
 
     # -- streams -------------------------------------------------------------------------------------------------
@@ -351,8 +352,8 @@ class HopeModel(Hooked, nn.Module):
         while waiting.shape[1] > size:
             targets.append(waiting[:, 1 : size + 1])
             embedded = F.embedding(waiting[:, :size], self.embed)
-            ticks.append(self._tick(prepared, state, embedded, targets[-1], kept, donated=several))
-            state = ticks[-1].state
+            tick, state = self._tick(prepared, state, embedded, targets[-1], kept, donated=several)
+            ticks.append(tick)
             waiting = waiting[:, size:]
         state = state._replace(pending=waiting)
         if not ticks:
@@ -366,7 +367,8 @@ class HopeModel(Hooked, nn.Module):
         targets = state.pending[:, 1:]
         x = F.embedding(state.pending[:, :-1], self.embed)
         kept = self._keeping(targets)
-        return self._differentiable([self._tick(self._prepared(), state, x, targets, kept)], [targets], kept)
+        tick, _ = self._tick(self._prepared(), state, x, targets, kept)
+        return self._differentiable([tick], [targets], kept)
 
     def peek(self, state: State) -> Tensor:
         """Logits (B, n, V) after each pending token, read without writing: what generation samples from."""

@@ -13,7 +13,7 @@ from model_toys import CONFIGS, TOY
 from hopeprobe.model.hope import HopeModel
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="package")
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)

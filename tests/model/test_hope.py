@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -218,6 +219,29 @@ def test_evaluation_without_gradients_gives_the_same_numbers(model, tokens):
     with torch.no_grad():
         quiet = model(tokens).losses
     assert torch.equal(quiet, model(tokens).losses.detach())
+
+
+def test_a_window_keeps_one_state_not_one_a_tick(toy, tokens, monkeypatch):
+    """A state holds fast weights of every row: 64 of them were 1.6 GB of `small`."""
+    held = []
+
+    def watched(*args, **kwargs):
+        tick, state = primitive(*args, **kwargs)
+        held.append(weakref.ref(state.layers[0].cms[0].change_in.left))
+        return tick, state
+
+    primitive = toy._tick
+    monkeypatch.setattr(toy, "_tick", watched)
+    with torch.no_grad():
+        out = toy(tokens)
+        assert len(held) > 4
+        assert [ref() is not None for ref in held] == [False] * (len(held) - 1) + [True]
+        del out
+        held.clear()
+        _, state = toy.feed(toy.init_state(len(tokens)), tokens)
+    assert len(held) > 4
+    assert [ref() is not None for ref in held] == [False] * (len(held) - 1) + [True]
+    assert state.position
 
 
 def test_inference_mode_is_refused_with_the_reason(toy, tokens):
