@@ -2,8 +2,8 @@
 
 One pass over the data for each model and condition feeds all probes. A probe that cannot be measured leaves
 its rows out and says why (`missing_from`); everything else is still there. Cost, in passes over the tokens:
-one for the checkpoint, one for its own initial weights, and K times 4,096 tokens for the fresh ones; the
-nulls are cached.
+one for the checkpoint, one for its own initial weights, and K + 1 times 4,096 tokens for the fresh ones and
+the checkpoint beside them; all but the first are cached.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ class _Run:
             prefix.values = {name: {row.key: row.estimate.plug_in for row in found[name]} for name in found}
         else:
             windows = windows.take(self.fresh_tokens)
-            prefix = plain_values(self.subject, windows, probes)
+            told = self._told(f"first {windows.n_tokens} tokens, ")
+            prefix = plain_values(self.subject, windows, probes, self.cache, told)
         fresh = []
         for i, seed in enumerate(fresh_seeds(self.fresh, self.subject.seed)):
             told = self._told(f"fresh-init {i + 1}/{self.fresh}, ")

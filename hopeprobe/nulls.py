@@ -193,11 +193,9 @@ def own_init_estimates(
 
     The key holds a digest of the initial weights, so that a null is never that of another run.
     """
-    try:
-        origin = {"weights": weights_digest(initial)}
-    except MissingCapability:
-        origin = {}
-    return _measure(lambda: initial, initial, origin, probes, _Where(windows, cache, told), _estimates)
+    return _measure(
+        lambda: initial, initial, _weights(initial), probes, _Where(windows, cache, told), _estimates
+    )
 
 
 def fresh_init_values(
@@ -216,9 +214,13 @@ def fresh_init_values(
     return _measure(lambda: subject.reinitialised(seed), subject, {"seed": seed}, probes, where, _values)
 
 
-def plain_values(subject: Subject, windows: EvalWindows, probes: Sequence[Probe]) -> Nulls:
-    """Evaluate every row on the checkpoint itself, to compare with fresh re-initialisations."""
-    return _measure(lambda: subject, subject, {}, probes, _Where(windows, NullCache(None), silent), _values)
+def plain_values(
+    subject: Subject, windows: EvalWindows, probes: Sequence[Probe], cache: NullCache, told: Told = silent
+) -> Nulls:
+    """Evaluate every row on the checkpoint itself, to compare with fresh re-initialisations; cached as own-init is."""
+    return _measure(
+        lambda: subject, subject, _weights(subject), probes, _Where(windows, cache, told), _values
+    )
 
 
 def weights_digest(subject: Subject) -> str:
@@ -234,6 +236,14 @@ def weights_digest(subject: Subject) -> str:
         total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def _weights(subject: Subject) -> dict[str, str]:
+    """What tells these weights from others; empty, and nothing is cached, for a model that does not name its own."""
+    try:
+        return {"weights": weights_digest(subject)}
+    except MissingCapability:
+        return {}
 
 
 class _Where(NamedTuple):

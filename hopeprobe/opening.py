@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from hopeprobe.tokens.sources import DataSpec
 
 Checkpoints: TypeAlias = "str | os.PathLike[str] | Subject | Iterable[str | os.PathLike[str] | Subject]"
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 4096
 _BATCH_DOCUMENTS = 4  # of any length
 _SHOWN = 120  # characters of a path in a message
 
 
 def suitable_batch(context: int, carry: str) -> int:
-    """Windows at a time: about 2,048 tokens, as every worker holds so many; more is no faster for `small`."""
+    """Windows at a time: about 4,096 tokens, as every worker holds so many; more is no faster for `small`."""
     return max(1, _BATCH_TOKENS // context) if carry == "window" else _BATCH_DOCUMENTS
 
 

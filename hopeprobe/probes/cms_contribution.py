@@ -81,7 +81,8 @@ def mean_deltas(subject: Subject, windows: EvalWindows) -> dict[str, FloatArray]
             scored = one.run(*as_tensors(batch)).scored
         return scored, cache
 
-    for batch, (scored, cache) in side_by_side(run, replicas(subject, len(windows)), windows):
+    workers = replicas(subject, windows.n_windows)
+    for batch, (scored, cache) in side_by_side(run, workers, windows.shared_by(len(workers))):
         for name in names:
             delta = cache[name]
             mean = means.setdefault(name, GroupedMean((delta.shape[-1],)))

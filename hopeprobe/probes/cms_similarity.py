@@ -72,6 +72,7 @@ from hopeprobe.stats import (
 from hopeprobe.stats.arrays import as_bool
 
 from .base import Accumulator, Measurement, NullValue, Place, Probe, Quantity, measured, value_without_tokens
+from .workers import n_workers, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -248,6 +249,9 @@ class LevelSimilarity(Accumulator):
     def measurements(self) -> list[Measurement]:
         """All rows; where a layer has one level only, its pairs are there as `n/a`."""
         quantities = self.quantities()
+        together = dict.fromkeys(q.together for q in quantities if isinstance(q, _Column))
+        for _ in side_by_side(_estimated, [None] * n_workers(len(together)), together):
+            pass  # kept by each: two layers take no longer than one
         rows = measured(quantities, self.condition, self._remarks(quantities))
         for layer, levels in self.levels.items():
             if len(levels) == 1:
@@ -291,6 +295,7 @@ class _Together:
         self.joint, self.levels = joint, levels
         self.pairs = list(itertools.combinations(range(len(levels)), 2))
         self.correlations = slice(len(self.pairs), 2 * len(self.pairs))
+        self._estimates: list[Estimate] | None = None
 
     def quantities(self, kind: str, layer: int) -> list[Quantity]:
         """All rows."""
@@ -318,9 +323,13 @@ class _Together:
             for column, (statistic, component, unit, bounds, effect) in enumerate(named)
         ]
 
-    @cached_property
     def estimates(self) -> list[Estimate]:
         """Values and intervals; of CCA with the second-order correction, for its bias is large."""
+        if self._estimates is None:  # not a cached_property: until Python 3.12 those lock all instances
+            self._estimates = self._estimated()
+        return self._estimates
+
+    def _estimated(self) -> list[Estimate]:
         low, high = np.zeros(self.width), np.ones(self.width)
         low[self.correlations.stop :], high[self.correlations.stop :] = 1.0, self.joint.dim
         moments = self.joint.compute()
@@ -375,10 +384,14 @@ class _Column(Quantity):
     index: int
 
     def estimate(self) -> Estimate:
-        return self.together.estimates[self.index]
+        return self.together.estimates()[self.index]
 
     def plug_in(self) -> float:
         return self.together.plug_ins[self.index]
+
+
+def _estimated(_worker: None, together: _Together) -> list[Estimate]:
+    return together.estimates()
 
 
 def _one(source: GroupedMoments) -> tuple[GroupedMoments]:

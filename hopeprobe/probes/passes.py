@@ -60,8 +60,8 @@ def run_pass(
 ) -> Pass:
     """Run the model over `windows` once, under a condition, and feed every probe.
 
-    Batches are run side by side where the subject has replicas (`hopeprobe.probes.workers`), and read in order:
-    the result is that of one after the other.
+    Batches are run side by side where the subject has replicas (`hopeprobe.probes.workers`), windows of like length
+    together unless the condition fixes the batches, and read one after the other.
 
     prepared: what `condition.prepare` gave. on_batch: called with the batches done and in all. Raises
     MissingCapability when the model cannot be run so at all (no write gates to close).
@@ -80,7 +80,10 @@ def run_pass(
     points = subject.module.hook_dict
     fired: set[tuple[str, str]] = set()
     in_force: Counter[str] = Counter()
-    workers = [_Worker(one, windows, running, condition, prepared) for one in replicas(subject, len(windows))]
+    found = replicas(subject, windows.n_windows)
+    if condition.batch is None:
+        windows = windows.shared_by(len(found))
+    workers = [_Worker(one, windows, running, condition, prepared) for one in found]
 
     def run(worker: _Worker, batch: EvalBatch) -> _Ran | HopeprobeError:
         return worker.run(batch, list(result.accumulators))

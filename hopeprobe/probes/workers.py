@@ -27,12 +27,17 @@ _B = TypeVar("_B")
 _R = TypeVar("_R")
 
 
-def replicas(subject: Subject, n_batches: int) -> list[Subject]:
-    """List the subject, and as many replicas of it as there are threads and batches for, `MOST_WORKERS` in all."""
+def n_workers(n_batches: int) -> int:
+    """Count the workers that there are threads and batches for, at most `MOST_WORKERS`, at least one."""
     import torch
 
+    return max(1, min(torch.get_num_threads(), n_batches, MOST_WORKERS))
+
+
+def replicas(subject: Subject, n_batches: int) -> list[Subject]:
+    """List the subject, and as many replicas of it as there are threads and batches for, `MOST_WORKERS` in all."""
     found = [subject]
-    while len(found) < min(torch.get_num_threads(), n_batches, MOST_WORKERS):
+    while len(found) < n_workers(n_batches):
         replica = subject.replica()
         if replica is None:
             return [subject]

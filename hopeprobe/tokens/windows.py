@@ -114,7 +114,7 @@ class EvalWindows:
     one document overlap by one token, so that each of its tokens but the first is a target exactly once.
     carry "document": whole documents in order, one a row, whatever `context` is. Either way the last row is
     cut so that the targets number exactly `tokens`; tokens=None takes all. Iterating gives `EvalBatch`es of
-    `batch` rows (the last may have fewer), any number of times.
+    `batch` rows (the last may have fewer), any number of times, in this order unless `shared_by` frees them of it.
 
     context, tokens, batch: at least 1. Raises BadInputError for other values, an unknown split or carry, and
     for more tokens than the split has.
@@ -143,16 +143,17 @@ class EvalWindows:
         _at_least("tokens", self.n_tokens, 1)
         drawn = self._round_robin() if carry == "window" else self._whole_documents()
         self._rows = _cut(drawn, self.n_tokens)
+        self._workers: int | None = None
 
     def __len__(self) -> int:
         """Count the batches."""
-        return (len(self._rows.document) + self.batch - 1) // self.batch
+        return len(self._dealt())
 
     def __iter__(self) -> Iterator[EvalBatch]:
         """Yield the batches, in order."""
         starts = self.data.offsets[self.data.documents(self.split)]
-        for first in range(0, len(self._rows.document), self.batch):
-            rows = _Rows(*(column[first : first + self.batch] for column in self._rows))
+        for which in self._dealt():
+            rows = _Rows(*(column[which] for column in self._rows))
             columns = np.arange(int(rows.length.max()) + 1)
             valid = columns <= rows.length[:, None]
             index = np.where(valid, (starts[rows.document] + rows.start)[:, None] + columns, 0)
@@ -162,8 +163,17 @@ class EvalWindows:
                 document=rows.document,
                 group=rows.document % N_GROUPS,
                 start=rows.start,
-                index=np.arange(first, first + len(rows.start), dtype=np.int64),
+                index=which,
             )
+
+    def _dealt(self) -> list[Ints]:
+        """Which windows go into each batch, by their ordinal."""
+        n = len(self._rows.document)
+        n_batches = -(-n // self.batch)
+        if self._workers is None:
+            return [np.arange(i * self.batch, min((i + 1) * self.batch, n)) for i in range(n_batches)]
+        n_batches = min(n, -(-n_batches // self._workers) * self._workers)
+        return np.array_split(np.argsort(-self._rows.length, kind="stable"), n_batches)
 
     def take(self, n_tokens: int) -> EvalWindows:
         """Take the first `n_tokens` targets: the same windows in the same batches, the last one cut.
@@ -180,8 +190,24 @@ class EvalWindows:
         """Draw the same windows `batch` at a time. Raises BadInputError under 1."""
         _at_least("batch", batch, 1)
         other = copy.copy(self)
-        other.batch = batch
+        other.batch, other._workers = batch, None
         return other
+
+    def shared_by(self, workers: int) -> EvalWindows:
+        """Draw the same windows for a pass that may take them in any order: a batch waits for its longest.
+
+        Windows of like length share a batch, the longest come first, and the batches, none of more than `batch`
+        windows, are as even as can be and a multiple of `workers` (or one a window). Raises BadInputError under 1.
+        """
+        _at_least("workers", workers, 1)
+        other = copy.copy(self)
+        other._workers = workers
+        return other
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in all."""
+        return len(self._rows.document)
 
     @property
     def n_documents(self) -> int:
@@ -197,7 +223,7 @@ class EvalWindows:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every window's place and tokens, in order; the batch size plays no part."""
         digest = hashlib.sha256()
-        for batch in self:
+        for batch in self.with_batch(self.batch):
             for row, document, start, length in zip(
                 batch.tokens, batch.document, batch.start, batch.lengths, strict=True
             ):

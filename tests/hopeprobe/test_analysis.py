@@ -299,6 +299,22 @@ def test_progress_is_told(toy_run, settings, tmp_path):
     assert all(0 < done <= total for _, done, total in told)
 
 
+def test_what_is_in_the_cache_is_not_run_again(toy_run, settings, tmp_path):
+    def run():
+        told = []
+        options = {"fresh": 2, "fresh_tokens": 700, "cache_dir": tmp_path}
+        options["progress"] = lambda *args: told.append(args[0])
+        results = analyze(toy_run / "step-000040.pt", "cms-similarity", **settings | options)
+        return results.to_json(), list(dict.fromkeys(told))
+
+    first, told = run()
+    nulls = ("", "own-init, ", "first 700 tokens, ", "fresh-init 1/2, ", "fresh-init 2/2, ")
+    assert told == [f"step-000040.pt, {null}live" for null in nulls]
+    again, told = run()
+    assert told == ["step-000040.pt, live"]
+    assert again == first
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,6 +21,8 @@ from hopeprobe.stats import paired_difference
 from hopeprobe.subject import load
 from hopeprobe.tokens import EvalWindows
 
+#: Losses are float32, and a pass deals the windows into other batches than the loops here: a last bit differs.
+ROUNDING = 1e-8
 KEPT = Condition("kept", run=lambda subject, prepared, batch: subject.run(*as_tensors(batch)))
 
 
@@ -96,7 +98,7 @@ def test_a_contrast_is_the_paired_difference_of_its_conditions(subject, windows)
     still, _ = losses_of(subject, windows, subject.freeze_hooks())
     gain, n = live - still, len(live)
     estimate = rows["live - frozen", Place("gain")].estimate
-    assert estimate.value == pytest.approx(gain.mean(), abs=1e-9)
+    assert estimate.value == pytest.approx(gain.mean(), abs=ROUNDING)
     assert estimate.n == n == 1600
     # The delete-one-group jackknife, spelled out.
     share = np.array([(groups == g).mean() for g in range(64)])
@@ -107,7 +109,7 @@ def test_a_contrast_is_the_paired_difference_of_its_conditions(subject, windows)
     df = (share**2).sum() ** 2 / (share**4).sum() * (used - 1) / used
     assert estimate.ci_high - estimate.value == pytest.approx(stdtrit(df, 0.975) * se, rel=1e-6)
     apart = paired_difference(rows["live", Place("loss")].estimate, rows["frozen", Place("loss")].estimate)
-    assert estimate.se == pytest.approx(apart.se, rel=1e-9)
+    assert estimate.se == pytest.approx(apart.se, rel=1e-6)
     assert estimate.se < 0.5 * rows["live", Place("loss")].estimate.se, "pairing is what narrows it"
     values = measure(subject, windows, [Gain()], VALUES).found["writes"]
     assert {key: row.estimate.plug_in for key, row in rows.items()} == values
@@ -169,7 +171,9 @@ def test_conditions_of_one_mechanism_are_what_they_say(subject, windows):
         ("cms.slow", "blocks.*.cms.slow.hook_write_gate"),
     ):
         losses, _ = losses_of(subject, windows, [(pattern, lambda gate, hook: gate * 0)])
-        assert rows.found["writes"][f"{name}-frozen", Place("loss")] == pytest.approx(losses.mean(), abs=1e-9)
+        assert rows.found["writes"][f"{name}-frozen", Place("loss")] == pytest.approx(
+            losses.mean(), abs=ROUNDING
+        )
 
 
 def test_a_condition_that_fails_leaves_the_others(toy_run, settings):
@@ -245,7 +249,7 @@ def test_preparation_reaches_hooks_and_runs_and_is_done_once(subject, windows):
     rows = measure(subject, windows, [Loss(conditions=conditions)], VALUES).found["writes"]
     assert len(calls) == 1
     losses, _ = losses_of(subject, windows, [("blocks.*.cms.fast.hook_delta", lambda d, hook: d * 0)])
-    assert rows["a", Place("loss")] == rows["b", Place("loss")] == pytest.approx(losses.mean(), abs=1e-9)
+    assert rows["a", Place("loss")] == rows["b", Place("loss")] == pytest.approx(losses.mean(), abs=ROUNDING)
 
 
 def test_hooks_are_made_anew_for_each_batch_which_they_know(subject, windows):
@@ -342,7 +346,7 @@ def test_contrasts_are_judged_beside_their_own_nulls(toy_run, settings):
     made = EvalWindows(settings["data"], "all", context=32, tokens=1600, batch=50)
     live, _ = losses_of(start, made)
     still, _ = losses_of(start, made, start.freeze_hooks())
-    assert nulls["own-init"].value == pytest.approx((live - still).mean(), abs=1e-9)
+    assert nulls["own-init"].value == pytest.approx((live - still).mean(), abs=ROUNDING)
     assert nulls["fresh-init"].n == 5
     assert not np.isnan(row.p)
 

@@ -239,3 +239,33 @@ def test_senseless_arguments_are_refused():
     for bad in ({"context": 0}, {"batch": 0}, {"tokens": 0}, {"tokens": -5}):
         with pytest.raises(BadInputError, match="must be at least 1"):
             EvalWindows(data, "all", **{"context": 4, "tokens": 1, "batch": 1, **bad})
+
+
+@settings(deadline=None)  # shared machines stall
+@given(lengths, st.integers(1, 20), st.integers(1, 5), st.integers(1, 4))
+def test_a_pass_in_any_order_takes_like_lengths_together(sizes, context, batch, workers):
+    windows = EvalWindows(make(sizes), "all", context=context, tokens=None, batch=batch)
+    shared = windows.shared_by(workers)
+    assert (windows.fingerprint, windows.n_windows) == (shared.fingerprint, shared.n_windows)
+    assert sorted(targets(shared)) == sorted(targets(windows))
+    rows = {
+        int(b.index[i]): b.tokens[i, : b.lengths[i] + 1].tolist()
+        for b in windows
+        for i in range(len(b.index))
+    }
+    batches = list(shared)
+    assert len(batches) == len(shared)
+    assert all(len(b.index) <= batch for b in batches)
+    assert len({len(b.index) for b in batches}) <= 2  # as even as can be
+    assert len(batches) % workers == 0 or len(batches) == windows.n_windows
+    assert len(batches) >= len(windows)
+    in_order = np.concatenate([b.lengths for b in batches])
+    assert (np.diff(in_order) <= 0).all()
+    for b in batches:
+        for i, row in enumerate(b.tokens):
+            assert row[: b.lengths[i] + 1].tolist() == rows[int(b.index[i])]
+    assert [len(b.index) for b in shared.with_batch(batch)] == [
+        len(b.index) for b in windows
+    ]  # in order again
+    with pytest.raises(BadInputError, match="workers is 0"):
+        windows.shared_by(0)
