@@ -51,12 +51,12 @@ def by_probe(results: Results) -> dict[tuple[str, str], list[ResultRow]]:
 def lines(
     rows: Sequence[ResultRow], nulls: Mapping[tuple[Any, ...], Mapping[str, NullRow]]
 ) -> Iterator[tuple[str, ...]]:
-    """The cells of each row, under `COLUMNS`; the condition where a statistic has several."""
-    conditions = Counter(statistic for statistic, _ in {(row.statistic, row.condition) for row in rows})
+    """The cells of each row, under `COLUMNS`; the condition where nothing else tells two rows apart."""
+    places = Counter(map(_place, rows))
     for row in rows:
         others = dict(nulls.get(row.key, {}))
         own, fresh = others.pop("own-init", None), others.pop("fresh-init", None)
-        condition = row.condition if conditions[row.statistic] > 1 else ""
+        condition = row.condition if places[_place(row)] > 1 else ""
         yield (
             row.statistic,
             NONE if row.layer is None else str(row.layer),
@@ -79,6 +79,10 @@ def notes(rows: Sequence[ResultRow]) -> list[str]:
             found[re.sub(r"^(fresh-init on the first \d+ tokens), .*", r"\1", note)] += 1
     said = [f"{note} ({n} rows)" if 1 < n < len(rows) else note for note, n in found.most_common()]
     return said if len(said) <= _NOTES else [*said[:_NOTES], f"and {len(said) - _NOTES} more notes"]
+
+
+def _place(row: ResultRow) -> tuple[str, int | None, str, str]:
+    return row.statistic, row.layer, row.component, row.position
 
 
 def _range(null: NullRow) -> str:

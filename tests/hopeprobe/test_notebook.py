@@ -116,11 +116,12 @@ def test_cells_name_units_conditions_and_positions_where_they_tell_rows_apart():
         row(statistic="loss", unit="nats", condition="live"),
         row(statistic="loss", unit="nats", condition="frozen"),
         row(statistic="size", condition="live", position="8", layer=None),
+        row(statistic="size", condition="live - frozen", component="both", layer=None),
     ]
     cells = list(lines(rows, {}))
-    assert [line[2] for line in cells] == ["fast live", "fast frozen", "fast 8"]
-    assert [line[3] for line in cells] == ["0.25 nats", "0.25 nats", "0.25"]
-    assert [line[1] for line in cells] == ["0", "0", "–"]
+    assert [line[2] for line in cells] == ["fast live", "fast frozen", "fast 8", "both"]
+    assert [line[3] for line in cells] == ["0.25 nats", "0.25 nats", "0.25", "0.25"]
+    assert [line[1] for line in cells] == ["0", "0", "–", "–"]
     assert cells[0][5:8] == ("–", "–", "–")
     assert interval(math.nan, math.nan) == "–"
 
