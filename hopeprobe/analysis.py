@@ -161,17 +161,22 @@ class _Run:
                 self._miss(probe.name, "", str(error))
             if probe.name not in self.missed and not any(row.probe == probe.name for row in self.rows):
                 self._miss(probe.name, "", "it gave no row, so it measured nothing")
-        self._withdraw()
+        self._say_untrained()
 
-    def _withdraw(self) -> None:
-        """Take back `learned` where another row says that these weights were never trained: one in twenty is chance."""
-        why = "not learned: these weights are untrained, as another row says"
+    def _say_untrained(self) -> None:
+        """Call `untrained` what the rule left open, or took for learned, where another row says so of the weights.
+
+        One in twenty is `learned` by chance. What the rule found to be as at initialisation, or a probe to be
+        collapsed or without any signal, says more than that.
+        """
+        open_to_it = {Verdict.LEARNED, Verdict.INCONCLUSIVE}
+        why = "these weights are untrained, as another row says"
         if any(row.verdict is Verdict.UNTRAINED for row in self.rows):
             self.rows = [
                 dataclasses.replace(
-                    row, verdict=Verdict.INCONCLUSIVE, note="; ".join(filter(None, (row.note, why)))
+                    row, verdict=Verdict.UNTRAINED, note="; ".join(filter(None, (row.note, why)))
                 )
-                if row.verdict is Verdict.LEARNED
+                if row.verdict in open_to_it
                 else row
                 for row in self.rows
             ]
@@ -286,7 +291,7 @@ class _Run:
                 )
                 for f in family
             ]
-            judgements = judge(evidence, max(f.measurement.smallest_effect for f in family))
+            judgements = judge(evidence, [f.measurement.smallest_effect for f in family])
             for finding, judgement in zip(family, judgements, strict=True):
                 row, estimate = finding.measurement, finding.measurement.estimate
                 key = self._key(probe, row)

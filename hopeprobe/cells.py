@@ -35,9 +35,11 @@ def number(value: float | None) -> str:
     return f"{value:.4g}"
 
 
-def interval(low: float, high: float) -> str:
-    """[low, high], or a dash."""
-    return NONE if math.isnan(low) else f"[{number(low)}, {number(high)}]"
+def interval(row: ResultRow) -> str:
+    """[low, high], a dash where none is claimed, or that no tokens would change the number."""
+    if math.isnan(row.ci_low):
+        return NONE
+    return f"[{number(row.ci_low)}, {number(row.ci_high)}]" if row.n_tokens else "exact"
 
 
 def by_probe(results: Results) -> dict[tuple[str, str], list[ResultRow]]:
@@ -62,7 +64,7 @@ def lines(
             NONE if row.layer is None else str(row.layer),
             " ".join(filter(None, (row.component, row.position, condition))) or NONE,
             number(row.value) + ("" if row.unit == "1" or math.isnan(row.value) else f" {row.unit}"),
-            interval(row.ci_low, row.ci_high),
+            interval(row),
             NONE if own is None else number(own.value),
             NONE if fresh is None else _range(fresh),
             ", ".join(f"{kind} {number(null.value)}" for kind, null in others.items()) or NONE,

@@ -79,8 +79,8 @@ class ResultRow(_Key):
 
     `value` in `unit`, a 95 % interval over `n_groups` groups of documents (NaN where none is claimed), the
     smallest difference found with 80 % power, p and q of the rule in `hopeprobe.stats.verdict`. Raises
-    ValueError for a row that claims more than it measured: `learned` or `at-init` without a value, without
-    tokens or without an interval.
+    ValueError for a row that claims more than it measured: `learned` or `at-init` without a value, without an
+    interval, or without tokens, unless it needs none: an exact number's interval is its value.
     """
 
     value: float
@@ -103,9 +103,9 @@ class ResultRow(_Key):
             raise ValueError(f"{self}: counts cannot be negative")
         if math.isnan(self.ci_low) != math.isnan(self.ci_high) or self.ci_low > self.ci_high:
             raise ValueError(f"{self}: [{self.ci_low}, {self.ci_high}] is not an interval")
-        if self.verdict in CLAIMS and (
-            math.isnan(self.value) or self.n_tokens == 0 or math.isnan(self.ci_low)
-        ):
+        exact = self.ci_low == self.value == self.ci_high  # of weights, which no tokens would change
+        nothing = math.isnan(self.value) or (self.n_tokens == 0 and not exact)
+        if self.verdict in CLAIMS and (nothing or math.isnan(self.ci_low)):
             raise ValueError(f"{self}: a row that measured nothing cannot be {self.verdict}")
 
     def __str__(self) -> str:

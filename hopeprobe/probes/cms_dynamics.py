@@ -22,7 +22,8 @@ writes and their size own-init and fresh-init, and of `writes` `analytic`, 1.
 
 Verdicts. `no-signal`: a level that is never written, whose fast weights are its meta weights to the last bit, or whose
 weights are the same at two checkpoints; `collapsed`: weights that are all zero. The rule decides on writes and their
-size; a number without an interval decides nothing alone.
+size, and on weights as `movement.py` says, on the norm with a smallest effect of 0.01 ‖θ_0‖; `checkpoint_drift` is a
+descriptor.
 
 Cost: 6 initial models, each earlier checkpoint of the run read once, and some 6,000 tokens read (half of them by the
 initial model and fresh ones; 1 min for `small` on one core); memory is that of all fast weights for 4 windows, twice.
@@ -58,11 +59,13 @@ from .movement import (
     alike,
     fresh_null,
     gathered,
+    judged_row,
     left_out,
     located,
     movement_rows,
     not_applicable,
     row_of,
+    verdict_of,
 )
 from .readings import clock_of
 from .sample import Kind, Reading, findings, sampled
@@ -83,6 +86,7 @@ if TYPE_CHECKING:
 MECHANISM = "cms"
 WRITES_EFFECT = 0.05
 SIZE_EFFECT = 0.001
+NORM_EFFECT = 0.01  # of the norm of the initial weights
 KINDS = {
     "writes": Kind("1", WRITES_EFFECT, (0.0, 1.0)),
     "write_size": Kind("1", SIZE_EFFECT, (0.0, math.inf)),
@@ -265,30 +269,33 @@ def _level_names(subject: Subject) -> dict[tuple[int, str], str]:
     return names
 
 
-def _weight_rows(subject: Subject, initial: Subject | None) -> list[Measurement]:
+def _weight_rows(subject: Subject, initial: Subject | None) -> list[Measurement | Finding]:
     # Without initial weights the norm has its fresh-init null all the same, and nothing else can be said.
     weights = Weights(subject, subject if initial is None else initial)
     parts = parts_of(subject.parameter_groups()[MECHANISM])
     known = {(i, level) for i, found in levels_of(subject.module.hook_dict).items() for level in found}
     levels = [part for part in parts if part[:2] in known] or parts  # what mixes levels starts at 0
-    rows = [_norm_row(weights, part, own=initial is not None) for part in levels]
+    rows: list[Measurement | Finding] = [_norm_row(weights, part, own=initial is not None) for part in levels]
     if initial is None:
         rest = (statistic for statistic in OF_WEIGHTS if statistic != "weight_norm")
         return [*rows, *not_applicable(rest, "the run's own initial weights are not known")]
     return [*rows, *_drift_rows(weights, levels), *movement_rows(weights, parts)]
 
 
-def _norm_row(weights: Weights, part: Part, own: bool) -> Measurement:
+def _norm_row(weights: Weights, part: Part, own: bool) -> Finding:
     distance = weights.distance(part.names)
     fresh = fresh_null(distance.other_norms)
-    verdict, note = Verdict.INCONCLUSIVE, UNDECIDED
+    verdict, note = verdict_of(weights, part.names) if own else (None, "")
     for null in fresh:
         where = "within" if null.low <= distance.norm <= null.high else "outside"
-        note += f"; {where} the range of fresh initialisations"
+        note = "; ".join(filter(None, (note, f"{where} the range of fresh initialisations")))
     if distance.norm == 0 and fresh and fresh[0].value > 0:
         verdict, note = Verdict.COLLAPSED, "all its weights are zero"
+    start = distance.start if own else None
     nulls = (*((NullValue("own-init", distance.start),) if own else ()), *fresh)
-    return row_of(part, "weight_norm", distance.norm, verdict, note, nulls)
+    effect = NORM_EFFECT * distance.start
+    others = distance.other_norms
+    return judged_row(part, "weight_norm", distance.norm, effect, verdict, note, start, others, nulls)
 
 
 def _drift_rows(weights: Weights, parts: Sequence[Part]) -> list[Measurement]:

@@ -12,13 +12,16 @@ other initialisations lie from the own one (√2 of the norm for weights of mean
 that AdamW can have gone (`integrity.py`). Null of the last two: `analytic`, the value of weights that move evenly
 from start to end.
 
-Verdicts. `no-signal` for what never moved, or did nothing but shrink, as weight decay does without any gradient:
+All are exact: no other text would give other numbers, and there is no interval over documents. Verdicts. `no-signal`
+for what never moved, or did nothing but shrink, as weight decay does without any gradient:
 
     0 < c = ⟨θ_n, θ_0⟩ / ‖θ_0‖² < 1   and   ‖θ_n − c θ_0‖ ≤ n u ‖θ_0‖       n steps, u the rounding of one
 
-`inconclusive` for all else: a distance has no interval over documents, so it decides nothing alone; the note says
-when distance and norm are those of another initialisation (their range, or 5 %), or further than the optimiser can
-go. At step 0 nothing could move yet.
+The rule decides on the first two, with a smallest effect of 0.05 ‖θ_0‖: `learned` is what moved by more, and lies
+elsewhere than another initialisation does; `at-init` what hardly moved. `inconclusive` where these are hardly the
+run's own initial weights: of this part, or of all parts together, distance and norm are those of another
+initialisation (their range, or 5 %), or the distance is more than the optimiser can go. The last two are descriptors:
+`inconclusive`, or `no-signal`.
 """
 
 from __future__ import annotations
@@ -34,10 +37,10 @@ import numpy as np
 from scipy.special import stdtrit
 
 from hopeprobe.errors import MeasurementError
-from hopeprobe.stats import FreshInit, Verdict
+from hopeprobe.stats import FreshInit, Verdict, exactly
 from hopeprobe.subject import MissingCapability
 
-from .base import Measurement, NullValue, Place, value_without_tokens
+from .base import Finding, Measurement, NullValue, Place, value_without_tokens
 from .integrity import ALIKE, adamw_reach
 from .series import Series, check_fits, follow, followed
 
@@ -52,7 +55,8 @@ if TYPE_CHECKING:
 DISTANCES = ("distance_from_init", "displacement")
 TIMES = ("settled_step", "moved_by_step_200")
 STUDY_STEP = 200  # the study's first checkpoint, from which on it found drift to be flat
-UNDECIDED = "no interval: this alone decides nothing"
+DISTANCE_EFFECT = 0.05  # of the norm of the initial weights
+UNDECIDED = "a descriptor: this alone decides nothing"
 STILL = "it never moved: the loss does not reach it, or it was not trained"
 
 _OTHER_SEEDS = (3_000_017, 3_000_029, 3_000_047, 3_000_061, 3_000_073, 3_000_077)
@@ -152,6 +156,11 @@ class Weights:
         self._silence: dict[str, str] = {}
 
     @cached_property
+    def strange(self) -> str:
+        """Say so when these are hardly the run's own initial weights, by all parameters as one vector."""
+        return self.distance(list(self.start)).strange()
+
+    @cached_property
     def others(self) -> dict[str, FloatArray]:
         """By parameter [K, 3], squares as `_squares` gives them, of K other initialisations; K = 0 where none is.
 
@@ -203,35 +212,67 @@ class Weights:
         return ""
 
 
-def movement_rows(weights: Weights, parts: Sequence[Part]) -> list[Measurement]:
+def movement_rows(weights: Weights, parts: Sequence[Part]) -> list[Measurement | Finding]:
     """Rows of `DISTANCES` and `TIMES` for every part."""
-    rows = []
+    rows: list[Measurement | Finding] = []
     for part in parts:
         distance, (verdict, note) = weights.distance(part.names), verdict_of(weights, part.names)
-        notes = "; ".join(
-            filter(None, (note, *([] if verdict is Verdict.NO_SIGNAL else [distance.strange()])))
-        )
         if distance.start:
-            relative = distance.moved / distance.start
-            rows.append(
-                row_of(part, "distance_from_init", relative, verdict, notes, distance.nulls(distance.start))
-            )
+            for statistic, scale in zip(DISTANCES, (distance.start, 1.0), strict=True):
+                rows.append(_distance_row(part, statistic, distance, scale, verdict, note))
         else:
-            why = verdict if verdict is Verdict.NO_SIGNAL else Verdict.NOT_APPLICABLE
-            rows.append(row_of(part, "distance_from_init", math.nan, why, f"{note}; its initial value is 0"))
-        rows.append(row_of(part, "displacement", distance.moved, verdict, notes, distance.nulls(1.0)))
+            why = "; ".join(filter(None, (note, "its initial value is 0: no scale to judge by")))
+            undefined = verdict if verdict is Verdict.NO_SIGNAL else Verdict.NOT_APPLICABLE
+            undecided, nulls = verdict or Verdict.INCONCLUSIVE, distance.nulls(1.0)
+            rows.append(row_of(part, "distance_from_init", math.nan, undefined, why))
+            rows.append(row_of(part, "displacement", distance.moved, undecided, why, nulls))
     return [*rows, *_time_rows(weights, parts)]
 
 
-def verdict_of(weights: Weights, names: Sequence[str]) -> tuple[Verdict, str]:
-    """What can be said of how a part moved, and why."""
+def verdict_of(weights: Weights, names: Sequence[str]) -> tuple[Verdict | None, str]:
+    """What the rule has not to decide of how a part moved, and a note."""
     if weights.subject.trained_steps == 0:
-        return Verdict.INCONCLUSIVE, "the checkpoint is of step 0: nothing could move yet"
+        return None, "the checkpoint is of step 0: nothing could move yet"
     silent = weights.silent(names)
     if len(silent) == len(names):
         return Verdict.NO_SIGNAL, "; ".join(dict.fromkeys(silent.values()))
-    some = f"; no signal in {len(silent)} of {len(names)} parameters: {_some(list(silent))}" if silent else ""
-    return Verdict.INCONCLUSIVE, UNDECIDED + some
+    some = f"no signal in {len(silent)} of {len(names)} parameters: {_some(list(silent))}" if silent else ""
+    if strange := weights.distance(names).strange():
+        return Verdict.INCONCLUSIVE, "; ".join(filter(None, (strange, some)))
+    if strange := weights.strange:
+        return Verdict.INCONCLUSIVE, "; ".join(filter(None, (f"all weights together: {strange}", some)))
+    return None, some
+
+
+def judged_row(
+    part: Part,
+    statistic: str,
+    value: float,
+    smallest_effect: float,
+    verdict: Verdict | None,
+    note: str,
+    own: float | None,
+    others: FloatArray,
+    nulls: tuple[NullValue, ...],
+) -> Finding:
+    """Make the row of an exact number that the rule decides on, unless there is a verdict.
+
+    own: its value on the run's own initial weights, None where these are not known. others: on K other
+    initialisations.
+    """
+    place = Place(statistic, part.layer, part.component)
+    row = Measurement(place, "", "1", exactly(value), smallest_effect, verdict, note, nulls)
+    difference = None if own is None else exactly(value - own)
+    return Finding(row, difference, FreshInit(tuple(others.tolist()), value) if len(others) > 1 else None)
+
+
+def _distance_row(
+    part: Part, statistic: str, distance: Distance, scale: float, verdict: Verdict | None, note: str
+) -> Finding:
+    """A distance in units of `scale`; that of the initial weights themselves is 0."""
+    effect, others = DISTANCE_EFFECT * distance.start / scale, distance.others / scale
+    value, nulls = distance.moved / scale, distance.nulls(scale)
+    return judged_row(part, statistic, value, effect, verdict, note, 0.0, others, nulls)
 
 
 def not_applicable(statistics: Iterable[str], reason: str) -> list[Measurement]:
@@ -241,6 +282,7 @@ def not_applicable(statistics: Iterable[str], reason: str) -> list[Measurement]:
 
 
 def _time_rows(weights: Weights, parts: Sequence[Part]) -> list[Measurement]:
+    """Rows of `TIMES`; in none has the rule anything to decide."""
     try:
         series = weights.series
     except MissingCapability as error:
@@ -253,13 +295,16 @@ def _time_rows(weights: Weights, parts: Sequence[Part]) -> list[Measurement]:
     even = next(step for step in steps if step >= 0.95 * steps[-1])
     share = STUDY_STEP / steps[-1]
     for part in parts:
-        movement, (verdict, note) = series.movement(part.names), verdict_of(weights, part.names)
+        movement, (silent, note) = series.movement(part.names), verdict_of(weights, part.names)
+        verdict = silent or Verdict.INCONCLUSIVE
         settled, value = math.nan, math.nan
         if movement.displacement:
             settled, value = movement.settled_step(), movement.moved_by(STUDY_STEP)
             before = steps[max(0, steps.index(settled) - 1)]
             when = "still on its way" if settled == steps[-1] else "settled"
             note = "; ".join(filter(None, (note, f"{when} after step {before}", left_out(series))))
+            if silent is None:
+                note += f"; {UNDECIDED}"
         rows.append(
             row_of(part, "settled_step", settled, verdict, note, (NullValue("analytic", even),), "steps")
         )
@@ -284,7 +329,7 @@ def row_of(
     nulls: tuple[NullValue, ...] = (),
     unit: str = "1",
 ) -> Measurement:
-    """Make a row without an interval."""
+    """Make a row that the rule does not decide on."""
     place = Place(statistic, part.layer, part.component)
     return Measurement(place, "", unit, value_without_tokens(value), override=verdict, note=note, nulls=nulls)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hopeprobe.subject import Subject
     from hopeprobe.tokens import EvalWindows
 
-    from .base import Measurement
+    from .base import Finding, Measurement
 
 MECHANISM = "selfmod"
 ALL = "all"
@@ -75,7 +75,7 @@ class SelfModDrift(Probe):
         subject: Subject,
         initial: Subject | None,
         windows: EvalWindows,  # noqa: ARG002
-    ) -> Sequence[Measurement]:
+    ) -> Sequence[Measurement | Finding]:
         """All rows."""
         if initial is None:
             return not_applicable(self.statistics, "the run's own initial weights are not known")

@@ -13,7 +13,7 @@ from .accumulators import GroupedCovariance, GroupedCrossCovariance, GroupedMean
 from .arrays import as_float64
 from .groups import GROUPS, MIN_GROUPS
 from .histogram import Histogram
-from .jackknife import Estimate, jackknife, jackknife_each, p_value, paired_difference, second_order
+from .jackknife import Estimate, exactly, jackknife, jackknife_each, p_value, paired_difference, second_order
 from .moments import Moments
 from .similarity import (
     CCA_BOUNDS,
@@ -62,6 +62,7 @@ __all__ = [
     "cka_of",
     "effective_rank",
     "effective_rank_of",
+    "exactly",
     "jackknife",
     "jackknife_each",
     "judge",

@@ -40,7 +40,7 @@ from scipy.special import stdtr, stdtrit
 from hopeprobe.errors import MeasurementError
 
 from .accumulators import GroupedMoments
-from .groups import MIN_GROUPS
+from .groups import GROUPS, MIN_GROUPS
 from .moments import Moments
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Estimate:
         influence: float64 [64], u_j above, 0 for empty groups; `plug_in + influence / weights` are the
             pseudo-values.
         weights: float64 [64], each group's share of the tokens.
+        exact: rests on no text, as a norm of weights does: the interval is the value itself, of no tokens.
 
     """
 
@@ -82,6 +83,18 @@ class Estimate:
     plug_in: float
     influence: FloatArray = field(repr=False)
     weights: FloatArray = field(repr=False)
+    exact: bool = False
+
+
+def exactly(value: float) -> Estimate:
+    """Wrap a number that no other text would change: no sampling error, so an interval of no width.
+
+    Raises ValueError for a value that is not finite.
+    """
+    if not np.isfinite(value):
+        raise ValueError(f"{value} is not exact, but not known")
+    zeros = np.zeros(GROUPS)
+    return Estimate(value, value, value, 0.0, np.inf, 0, 0, value, zeros, zeros, exact=True)
 
 
 def jackknife(

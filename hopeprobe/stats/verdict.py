@@ -3,7 +3,8 @@
     p = max(p_fresh, p_own)                      both nulls must be rejected; none without fresh-init
     p_fresh: t = (x − m) / (s √(1 + 1/K)), K − 1 df, two-sided: a prediction test of the checkpoint's value x
              against the mean m and standard deviation s of K fresh re-initialisations, on the same tokens
-    p_own:   jackknife-t of the paired difference to the run's own initial weights
+    p_own:   jackknife-t of the paired difference to the run's own initial weights; of an exact number, as a
+             norm of weights is, 0 for any difference
     q:       Benjamini & Hochberg 1995 over all rows that have a p
 
 `learned` when q ≤ 0.05 and the difference exceeds the smallest effect of interest; `at-init` when the
@@ -40,7 +41,10 @@ POWER = 0.8
 
 
 class Verdict(str, Enum):
-    """What a row says about one mechanism."""
+    """What a row says about one mechanism.
+
+    `untrained` is integrity's own, and that of every row beside it which the rule left open (`analysis.py`).
+    """
 
     LEARNED = "learned"
     AT_INIT = "at-init"
@@ -137,25 +141,28 @@ class Judgement:
     note: str
 
 
-def judge(evidence: Sequence[Evidence], smallest_effect: float) -> list[Judgement]:
+def judge(evidence: Sequence[Evidence], smallest_effect: float | Sequence[float]) -> list[Judgement]:
     """Judge all rows of one statistic together, in order.
 
-    `smallest_effect` is in the statistic's unit. Without own-init the fresh-init null decides alone: the
-    effect is the difference to its mean on the tokens of that null, and its interval, for `at-init`, is as
-    wide about that difference as the estimate's about its value. Without fresh-init a row has no p and is
-    `at-init` or `inconclusive`. Either way the note says so. Neither null, under `MIN_GROUPS` groups, no
-    interval: `inconclusive`. A value that is NaN: `n/a`.
+    `smallest_effect` is in the statistic's unit, one for all rows or one for each. Without own-init the
+    fresh-init null decides alone: the effect is the difference to its mean on the tokens of that null, and its
+    interval, for `at-init`, is as wide about that difference as the estimate's about its value. Without
+    fresh-init a row has no p and is `at-init` or `inconclusive`. Either way the note says so. Neither null,
+    under `MIN_GROUPS` groups (unless it is exact), no interval: `inconclusive`. A value that is NaN: `n/a`.
 
     min_detectable = (t_{0.975} + t_{0.8}) · se of the difference to the null; with two nulls the larger one,
-    as both must be rejected. Raises ValueError unless `smallest_effect` is finite and not negative.
+    as both must be rejected. Raises ValueError unless every smallest effect is finite and not negative.
     """
-    if not (math.isfinite(smallest_effect) and smallest_effect >= 0):
-        raise ValueError(f"the smallest effect must be finite and not negative, got {smallest_effect}")
+    given = np.asarray(smallest_effect, dtype=np.float64)
+    for effect in given.ravel().tolist():
+        if not (math.isfinite(effect) and effect >= 0):
+            raise ValueError(f"the smallest effect must be finite and not negative, got {effect}")
+    effects = np.broadcast_to(given, len(evidence)).tolist()
     p = np.array([_p(row) for row in evidence], dtype=np.float64)
     q = _benjamini_hochberg(p)
     return [
-        _judge_row(row, float(p_row), float(q_row), smallest_effect)
-        for row, p_row, q_row in zip(evidence, p, q, strict=True)
+        _judge_row(row, float(p_row), float(q_row), effect)
+        for row, p_row, q_row, effect in zip(evidence, p, q, effects, strict=True)
     ]
 
 
@@ -164,10 +171,10 @@ def _undecidable(row: Evidence) -> tuple[Verdict, str] | None:
     estimate, own = row.estimate, row.own_init
     if row.override is not None:
         return row.override, ""
-    if not math.isfinite(estimate.value) or estimate.n == 0:
+    if not math.isfinite(estimate.value) or (estimate.n == 0 and not estimate.exact):
         return Verdict.NOT_APPLICABLE, "not measured: the statistic is not defined on these tokens"
     n_groups = min(estimate.n_groups, own.n_groups if own else estimate.n_groups)
-    if n_groups < MIN_GROUPS:
+    if n_groups < MIN_GROUPS and not estimate.exact:
         return Verdict.INCONCLUSIVE, f"only {n_groups} groups of documents, an interval needs {MIN_GROUPS}"
     if own is None and row.fresh is None:
         return Verdict.INCONCLUSIVE, "no null: neither own-init weights nor fresh re-initialisations"

@@ -18,7 +18,7 @@ from hopeprobe.nulls import fresh_seeds
 from hopeprobe.probes.base import Accumulator, Finding, Measurement, Place, Probe, Quantity
 from hopeprobe.probes.integrity import Integrity
 from hopeprobe.results import Results
-from hopeprobe.stats import FreshInit, GroupedMean, Verdict, jackknife, mean_of
+from hopeprobe.stats import FreshInit, GroupedMean, Verdict, jackknife, mean_of, paired_difference
 from hopeprobe.subject import MissingCapability, load
 
 BOTH = ("integrity", "cms-similarity")  # not "all": other probes have tests of their own
@@ -348,7 +348,7 @@ def test_the_library_never_imports_the_model():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_nothing_is_learned_by_weights_that_another_row_calls_untrained(toy_run, subject_of, settings):
+def test_what_is_open_of_weights_that_another_row_calls_untrained_is_untrained(toy_run, subject_of, settings):
     class Certain(Probe):
         """Has a row that the rule calls learned, whatever the weights are."""
 
@@ -366,18 +366,32 @@ def test_nothing_is_learned_by_weights_that_another_row_calls_untrained(toy_run,
             mean.update(5 + rng.normal(size=(64, 4)), np.ones((64, 4), bool), np.arange(64))
             found = jackknife(mean_of, mean)
             fresh = FreshInit((0.0, 0.1, -0.1), found.value)
-            return [Finding(Measurement(Place("certainty"), "", "1", found), None, fresh)]
+
+            def row(component, **more):
+                return Measurement(Place("certainty", component=component), "", "1", found, **more)
+
+            return [
+                Finding(row("certain"), None, fresh),
+                row("open", override=Verdict.INCONCLUSIVE),
+                *(row(v.value, override=v) for v in (Verdict.NO_SIGNAL, Verdict.COLLAPSED, Verdict.DIVERGED)),
+                row("none", override=Verdict.NOT_APPLICABLE),
+                Finding(row("the same"), paired_difference(found, found), fresh),
+            ]
 
     probes = ["integrity", Certain()]
     trained = analyze(toy_run / "step-000040.pt", probes, **settings)
-    row = next(row for row in trained.rows if row.probe == "certain")
-    assert row.verdict is Verdict.LEARNED
+    rows = {row.component: row.verdict for row in trained.rows if row.probe == "certain"}
+    others = {name: rows[name] for name in ("no-signal", "collapsed", "diverged", "none", "the same")}
+    assert [str(v) for v in others.values()] == ["no-signal", "collapsed", "diverged", "n/a", "at-init"]
+    assert (rows["certain"], rows["open"]) == (Verdict.LEARNED, Verdict.INCONCLUSIVE)
     impostor = subject_of(seed=7)
     impostor.trained_steps, impostor.own_init = 40, lambda: subject_of(seed=0)
     alleged = analyze(impostor, probes, **settings)
     assert {row.verdict for row in alleged.rows if row.probe == "integrity"} == {Verdict.UNTRAINED}
-    row = next(row for row in alleged.rows if row.probe == "certain")
-    assert row.verdict is Verdict.INCONCLUSIVE
-    assert "untrained" in row.note
+    found = [row for row in alleged.rows if row.probe == "certain"]
+    rows = {row.component: row.verdict for row in found}
+    assert (rows.pop("certain"), rows.pop("open")) == (Verdict.UNTRAINED, Verdict.UNTRAINED)
+    assert all("untrained, as another row says" in row.note for row in found[:2])
+    assert rows == others, "these say more than that"
     alone = analyze(impostor, Certain(), **settings)
-    assert [row.verdict for row in alone.rows] == [Verdict.LEARNED]  # nobody asked whether they are trained
+    assert alone.rows[0].verdict is Verdict.LEARNED  # nobody asked whether they are trained

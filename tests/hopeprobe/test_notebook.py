@@ -123,7 +123,10 @@ def test_cells_name_units_conditions_and_positions_where_they_tell_rows_apart():
     assert [line[3] for line in cells] == ["0.25 nats", "0.25 nats", "0.25", "0.25"]
     assert [line[1] for line in cells] == ["0", "0", "–", "–"]
     assert cells[0][5:8] == ("–", "–", "–")
-    assert interval(math.nan, math.nan) == "–"
+    assert interval(row()) == "[0.2, 0.3]"
+    assert interval(row(verdict=Verdict.INCONCLUSIVE, ci_low=math.nan, ci_high=math.nan)) == "–"
+    assert interval(row(ci_low=0.25, ci_high=0.25)) == "[0.25, 0.25]", "no spread on these tokens"
+    assert interval(row(ci_low=0.25, ci_high=0.25, n_tokens=0, n_groups=0)) == "exact"
 
 
 def test_notes_are_said_once_and_counted():

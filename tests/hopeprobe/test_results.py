@@ -166,6 +166,13 @@ def test_a_row_that_measured_nothing_cannot_report_success(verdict, nothing):
     row(verdict="inconclusive", **nothing)
 
 
+def test_a_number_that_no_tokens_would_change_needs_none():
+    exact = {"value": 0.25, "ci_low": 0.25, "ci_high": 0.25, "n_tokens": 0, "n_groups": 0}
+    assert row(verdict="learned", **exact).verdict is Verdict.LEARNED
+    with pytest.raises(ValueError, match="measured nothing"):
+        row(verdict="learned", **exact | {"ci_high": 0.3})
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

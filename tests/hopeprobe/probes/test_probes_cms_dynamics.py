@@ -67,7 +67,9 @@ def test_norms_and_drift_of_initialisations_have_their_closed_form(subject_of, c
     drawn = h / 3 + d / 3 + h / (3 * d) + d / (3 * h)
     assert of(table, "weight_norm", 0, "fast").value == pytest.approx(math.sqrt(d + drawn), rel=0.01)
     norms = table[table.statistic == "weight_norm"]
-    assert set(norms.verdict) == {"inconclusive"}
+    assert set(norms.verdict) == {"at-init"}, "a model just made is its own initial model"
+    assert (norms.ci_low == norms.value).all()
+    assert (norms.ci_high == norms.value).all()
     assert norms.note.str.contains("within the range of fresh initialisations").sum() >= 2, (
         "95 in 100 of them"
     )
@@ -90,6 +92,12 @@ def test_norms_and_drift_of_a_run_against_numpy(toy_run, settings):
             np.concatenate([w.double().numpy().ravel() for n, w in weights.items() if prefix in n])
         )
     assert of(table, "weight_norm", 1, "slow").value == pytest.approx(np.linalg.norm(vectors[-1]), rel=1e-9)
+    grown = np.linalg.norm(vectors[-1]) - np.linalg.norm(vectors[0])
+    assert abs(grown) > 0.01 * np.linalg.norm(vectors[0])
+    assert of(table, "weight_norm", 1, "slow").verdict == "learned"
+    assert of(table, "distance_from_init", 1, "slow").verdict == "learned"
+    early, _ = table_of(toy_run / "step-000001.pt", settings, tokens=200)
+    assert of(early, "weight_norm", 1, "slow").verdict == "at-init"
     drift = table[(table.statistic == "checkpoint_drift") & (table.layer == 1) & (table.component == "slow")]
     assert list(drift.position) == [f"step {a} to {b}" for a, b in itertools.pairwise(steps)]
     expected = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in itertools.pairwise(vectors)]
@@ -266,7 +274,7 @@ def test_weights_that_are_all_zero_are_collapsed(subject_of, settings):
     table, _ = table_of(subject, settings, tokens=200)
     row = of(table, "weight_norm", 0, "slow")
     assert (row.verdict, row.value, row.note) == ("collapsed", 0, "all its weights are zero")
-    assert of(table, "weight_norm", 1, "slow").verdict == "inconclusive"
+    assert of(table, "weight_norm", 1, "slow").verdict == "at-init"
     row = of(table, "write_size", 0, "slow")
     assert (row.verdict, row.note) == ("n/a", "its meta weights are zero")
 

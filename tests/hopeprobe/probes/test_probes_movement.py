@@ -9,6 +9,7 @@ import torch
 
 from hopeprobe.errors import MeasurementError
 from hopeprobe.model.subject import HopeSubject
+from hopeprobe.probes.base import Finding
 from hopeprobe.probes.movement import (
     DISTANCES,
     TIMES,
@@ -20,7 +21,7 @@ from hopeprobe.probes.movement import (
     located,
     movement_rows,
 )
-from hopeprobe.stats import Verdict
+from hopeprobe.stats import Evidence, Verdict, judge
 from hopeprobe.subject import MissingCapability, load
 
 W1 = "blocks.0.selfmod.memories.k.w1"
@@ -67,7 +68,24 @@ def array(subject, name):
 
 def rows_of(checkpoint, initial, *names, layer=None, component="it"):
     rows = movement_rows(Weights(checkpoint, initial), [Part(layer, component, names)])
-    return {row.place.statistic: row for row in rows}
+    return {row.place.statistic: row for row in map(measurement, rows)}
+
+
+def measurement(row):
+    return row.measurement if isinstance(row, Finding) else row
+
+
+def verdicts_of(checkpoint, initial, *names):
+    """What the rule says of both distances."""
+    rows = movement_rows(Weights(checkpoint, initial), [Part(None, "it", names)])
+    found = {}
+    for row in rows:
+        if isinstance(row, Finding):
+            m = row.measurement
+            evidence = Evidence(m.estimate, row.difference, row.fresh, m.override, m.note)
+            found[m.place.statistic] = judge([evidence], m.smallest_effect)[0].verdict
+    assert list(found) == list(DISTANCES)
+    return set(found.values())
 
 
 def null(row, kind):
@@ -84,8 +102,10 @@ def test_distances_agree_with_numpy(pair):
     assert rows["displacement"].estimate.value == pytest.approx(np.linalg.norm(now - start), rel=1e-12)
     relative = np.linalg.norm(now - start) / np.linalg.norm(start)
     assert rows["distance_from_init"].estimate.value == pytest.approx(relative, rel=1e-12)
-    assert {rows[s].override for s in DISTANCES} == {Verdict.INCONCLUSIVE}
-    assert rows["displacement"].note == "no interval: this alone decides nothing"
+    assert {rows[s].override for s in DISTANCES} == {None}
+    for row in (rows[s] for s in DISTANCES):
+        assert row.estimate.ci_low == row.estimate.value == row.estimate.ci_high
+    assert (rows["displacement"].note, rows["displacement"].estimate.n) == ("", 0)
     assert {rows[s].override for s in TIMES} == {Verdict.NOT_APPLICABLE}
 
 
@@ -109,6 +129,14 @@ def test_the_optimiser_null_is_that_of_integrity(pair):
     assert null(rows["displacement"], "optimiser").value == pytest.approx(3e-4 * 16 + 3e-5 * start, rel=1e-2)
 
 
+@pytest.mark.parametrize(("share", "verdict"), [(0.049, Verdict.AT_INIT), (0.051, Verdict.LEARNED)])
+def test_what_moved_by_more_than_the_smallest_effect_is_learned(pair, share, verdict):
+    checkpoint, initial = pair(learning_rate=1.0)
+    start, noise = array(initial, W1), np.random.default_rng(0).standard_normal((16, 16))
+    set_to(checkpoint, W1, start + share * np.linalg.norm(start) * noise / np.linalg.norm(noise))
+    assert verdicts_of(checkpoint, initial, W1) == {verdict}
+
+
 def test_a_parameter_that_never_moved_is_no_signal(pair):
     checkpoint, initial = pair()
     set_to(checkpoint, W2, array(initial, W2) + 0.01)
@@ -117,7 +145,7 @@ def test_a_parameter_that_never_moved_is_no_signal(pair):
     assert {rows[s].estimate.value for s in DISTANCES} == {0.0}
     assert "never moved: the loss does not reach it, or it was not trained" in rows["displacement"].note
     both = rows_of(checkpoint, initial, W1, W2)["displacement"]
-    assert both.override is Verdict.INCONCLUSIVE
+    assert both.override is None
     assert f"no signal in 1 of 2 parameters: {W1}" in both.note
 
 
@@ -146,19 +174,20 @@ def test_the_faintest_gradient_is_told_from_weight_decay(pair, steps):
         weight.grad = 1e-7 * torch.randn(weight.shape, generator=generator)
         optimiser.step()
     set_to(checkpoint, W1, weight)
-    assert rows_of(checkpoint, initial, W1)["displacement"].override is Verdict.INCONCLUSIVE
+    assert rows_of(checkpoint, initial, W1)["displacement"].override is None
 
 
 def test_shrinking_more_than_decay_can_is_movement(pair):
     checkpoint, initial = pair(steps=200)
-    set_to(checkpoint, W1, 0.5 * array(initial, W1))
-    assert rows_of(checkpoint, initial, W1)["displacement"].override is Verdict.INCONCLUSIVE
+    set_to(checkpoint, W1, 0.9 * array(initial, W1))
+    row = rows_of(checkpoint, initial, W1)["displacement"]
+    assert (row.override, row.note) == (None, "")
 
 
 def test_a_single_number_may_shrink(pair):
     checkpoint, initial = pair()
     set_to(checkpoint, BIAS, torch.tensor(-2.999))
-    assert rows_of(checkpoint, initial, BIAS)["displacement"].override is Verdict.INCONCLUSIVE
+    assert rows_of(checkpoint, initial, BIAS)["displacement"].override is None
 
 
 def test_another_initialisation_is_seen(pair):
@@ -166,6 +195,11 @@ def test_another_initialisation_is_seen(pair):
     rows = rows_of(checkpoint, initial, W1, W2)
     assert rows["displacement"].override is Verdict.INCONCLUSIVE
     assert "another initialisation, as its distance and norm look" in rows["displacement"].note
+    # One number alone, here the same in every initialisation, tells nothing: all weights together do.
+    set_to(checkpoint, BIAS, torch.tensor(-2.9))
+    bias = rows_of(checkpoint, initial, BIAS)["displacement"]
+    assert bias.override is Verdict.INCONCLUSIVE
+    assert "all weights together: another initialisation" in bias.note
     checkpoint.told["learning_rate"] = 3e-4
     assert "further than the optimiser can go" in rows_of(checkpoint, initial, W1, W2)["displacement"].note
 
@@ -177,14 +211,15 @@ def test_weights_trained_as_far_as_that_are_not_called_so(pair):
     set_to(checkpoint, W1, start + step)
     row = rows_of(checkpoint, initial, W1)["distance_from_init"]
     assert row.estimate.value == pytest.approx(math.sqrt(2), rel=1e-6)
-    assert row.note == "no interval: this alone decides nothing"
+    assert (row.override, row.note) == (None, "")
+    assert verdicts_of(checkpoint, initial, W1) == {Verdict.INCONCLUSIVE}, "as far as another initialisation"
 
 
-def test_step_zero_decides_nothing(pair):
+def test_at_step_zero_all_is_as_at_initialisation(pair):
     checkpoint, initial = pair(steps=0)
     row = rows_of(checkpoint, initial, W1)["displacement"]
-    assert row.override is Verdict.INCONCLUSIVE
     assert "step 0: nothing could move yet" in row.note
+    assert verdicts_of(checkpoint, initial, W1) == {Verdict.AT_INIT}
 
 
 def test_a_start_of_zero_has_no_relative_distance(pair):
@@ -194,6 +229,7 @@ def test_a_start_of_zero_has_no_relative_distance(pair):
     rows = rows_of(checkpoint, initial, name)
     assert rows["displacement"].estimate.value == pytest.approx(math.sqrt(8))
     assert rows["distance_from_init"].override is Verdict.NOT_APPLICABLE
+    assert rows["displacement"].override is Verdict.INCONCLUSIVE
     assert "its initial value is 0" in rows["distance_from_init"].note
 
 
@@ -224,6 +260,7 @@ def test_times_of_a_run(toy_run):
     subject = load(toy_run / "step-000040.pt")
     weights = Weights(subject, subject.own_init())
     rows = movement_rows(weights, [Part(0, "k.w1", (W1,))])
+    rows = list(map(measurement, rows))
     (settled,) = (row for row in rows if row.place.statistic == "settled_step")
     assert settled.estimate.value == weights.series.movement([W1]).settled_step() == 40
     assert "still on its way after step 20" in settled.note
@@ -238,7 +275,7 @@ def test_share_moved_by_step_200(toy_run, monkeypatch):
     monkeypatch.setattr("hopeprobe.probes.movement.STUDY_STEP", 20)
     subject = load(toy_run / "step-000040.pt")
     weights = Weights(subject, subject.own_init())
-    rows = movement_rows(weights, [Part(0, "k.w1", (W1,))])
+    rows = map(measurement, movement_rows(weights, [Part(0, "k.w1", (W1,))]))
     (share,) = (row for row in rows if row.place.statistic == "moved_by_step_200")
     first, middle, last = (array(load(toy_run / f"step-{s:06d}.pt"), W1) for s in (0, 20, 40))
     expected = 1 - np.linalg.norm(last - middle) / np.linalg.norm(last - first)
@@ -250,7 +287,7 @@ def test_share_moved_by_step_200(toy_run, monkeypatch):
 def test_a_run_with_nothing_between_its_ends_has_no_times(toy_run):
     subject = load(toy_run / "step-000001.pt")
     rows = movement_rows(Weights(subject, subject.own_init()), [Part(0, "k.w1", (W1,))])
-    found = {row.place.statistic: row for row in rows}
+    found = {row.place.statistic: row for row in map(measurement, rows)}
     assert {found[s].override for s in TIMES} == {Verdict.NOT_APPLICABLE}
     assert "no checkpoint of this run lies between steps 0 and 1" in found["settled_step"].note
 

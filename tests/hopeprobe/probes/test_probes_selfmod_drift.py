@@ -55,10 +55,20 @@ def test_small_has_the_84_parameters_of_the_study_and_three_a_layer_beside_them(
 def test_a_run_that_learns_moved_everywhere(toy_run, settings):
     frame = frame_of(toy_run / "step-000040.pt", settings)
     assert "no-signal" not in set(frame.verdict)
-    assert "learned" not in set(frame.verdict), "a distance alone decides nothing"
+    times = frame[frame.statistic.isin(("settled_step", "moved_by_step_200"))]
+    assert set(times.verdict) == {"inconclusive", "n/a"}, "when it was decides nothing"
     distances = frame[frame.statistic == "distance_from_init"]
     assert len(distances) == 2 * 17 + 10
     assert (distances.value > 0).all()
+    judged = frame[
+        frame.statistic.isin(("distance_from_init", "displacement")) & (frame.verdict != "inconclusive")
+    ]
+    beyond = judged.verdict[judged.statistic == "distance_from_init"] == "learned"
+    assert (beyond == (distances.value[beyond.index] > 0.05)).all()
+    assert of(frame, "distance_from_init", None, "all").verdict == "learned"
+    for layer, component in ((None, "all"), (0, "k.w1"), (1, "memory.w2")):
+        both = {of(frame, s, layer, component).verdict for s in ("distance_from_init", "displacement")}
+        assert len(both) == 1, "in other units it is the same distance"
     moved = frame[(frame.statistic == "displacement") & frame.layer.notna()].value
     whole = of(frame, "displacement", None, "all").value
     assert whole == pytest.approx(np.sqrt((moved**2).sum())), "the whole is made of its parts"
@@ -81,7 +91,7 @@ def test_generators_that_get_no_gradient_are_no_signal(toy_data, tmp_path, setti
         assert "never moved: the loss does not reach it" in row.note
         assert of(frame, "settled_step", 1, f"{memory}.w1").verdict == "no-signal"
     for layer, component in ((None, "memory"), (0, "w_q"), (1, "conv")):
-        assert of(frame, "distance_from_init", layer, component).verdict == "inconclusive"
+        assert of(frame, "distance_from_init", layer, component).verdict in ("learned", "at-init")
     assert "no signal in 20 of" in of(frame, "displacement", None, "all").note
 
 
@@ -96,13 +106,13 @@ def test_generators_that_weight_decay_alone_moved_are_no_signal_too(toy_data, tm
     assert "weight decay does without any gradient" in row.note
     assert of(frame, "settled_step", 0, "k.w1").verdict == "no-signal"
     for memory in ("memory", "q", "conv"):
-        assert of(frame, "distance_from_init", None, memory).verdict == "inconclusive"
+        assert of(frame, "distance_from_init", None, memory).verdict in ("learned", "at-init")
 
 
-def test_step_zero_claims_nothing(toy_run, settings):
+def test_step_zero_is_at_initialisation(toy_run, settings):
     frame = frame_of(toy_run / "step-000000.pt", settings)
     distances = frame[frame.statistic == "distance_from_init"]
-    assert set(distances.verdict) == {"inconclusive"}
+    assert set(distances.verdict) == {"at-init"}
     assert set(distances.value) == {0.0}
 
 

@@ -15,6 +15,7 @@ from hopeprobe.stats import (
     cka_of,
     effective_rank,
     effective_rank_of,
+    exactly,
     jackknife,
     jackknife_each,
     linear_cka,
@@ -283,3 +284,14 @@ def test_statistics_that_break_their_promise_raise():
         jackknife(lambda m: np.full(len(m.n), np.inf), accumulator)
     with pytest.raises(ValueError, match="at least one"):
         jackknife(mean_of)
+
+
+def test_what_no_text_changes_is_exact():
+    found = exactly(-3.0)
+    assert (found.value, found.plug_in, found.ci_low, found.ci_high) == (-3.0,) * 4
+    assert (found.se, found.n, found.n_groups, found.exact) == (0.0, 0, 0, True)
+    assert (p_value(found), p_value(exactly(0.0))) == (0.0, 1.0)
+    assert not jackknife(mean_of, grouped_mean(np.ones((GROUPS, 1)), np.arange(GROUPS))).exact
+    for unknown in (np.nan, np.inf):
+        with pytest.raises(ValueError, match="not known"):
+            exactly(unknown)

@@ -1,5 +1,6 @@
 """The rule: what it accepts as learned, and everything it refuses."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ from hopeprobe.stats import (
     FreshInit,
     GroupedMean,
     Verdict,
+    exactly,
     jackknife,
     judge,
     mean_of,
@@ -83,6 +85,40 @@ def test_significant_but_too_small_is_not_learned():
 def test_at_init_needs_the_whole_interval_inside():
     assert verdict(evidence(0.0, spread=0.01)).verdict is Verdict.AT_INIT
     assert verdict(evidence(0.0, spread=3.0)).verdict is Verdict.INCONCLUSIVE
+
+
+def test_exact_numbers_need_no_groups():
+    """A norm of 5: only what other seeds give leaves room for chance."""
+
+    def row(value, own, fresh):
+        return Evidence(exactly(value), exactly(value - own), FreshInit(fresh, value))
+
+    learned = verdict(row(5.0, 1.0, (0.9, 1.0, 1.1)))
+    t = 4.0 / (0.1 * math.sqrt(1 + 1 / 3))
+    assert learned.verdict is Verdict.LEARNED
+    np.testing.assert_allclose(learned.p, 2 * stats.t.sf(t, 2))
+    np.testing.assert_allclose(
+        learned.min_detectable, (stats.t.ppf(0.975, 2) + stats.t.ppf(0.8, 2)) * 0.1 * math.sqrt(1 + 1 / 3)
+    )
+    assert verdict(row(5.0, 1.0, (-4.0, 1.0, 6.0))).verdict is Verdict.INCONCLUSIVE, (
+        "another seed does as much"
+    )
+    assert verdict(row(1.05, 1.0, (0.9, 1.0, 1.1))).verdict is Verdict.AT_INIT
+    alone = verdict(Evidence(exactly(5.0), None, FreshInit((0.9, 1.0, 1.1), 5.0)))
+    assert (alone.verdict, alone.note) == (Verdict.LEARNED, "fresh-init alone decides: no own-init weights")
+    assert verdict(Evidence(exactly(5.0))).verdict is Verdict.INCONCLUSIVE
+    # The same without the claim to be exact: no groups, no interval.
+    sampled = dataclasses.replace(exactly(5.0), exact=False, n=1)
+    assert (
+        verdict(Evidence(sampled, exactly(4.0), FreshInit((0.9, 1.1), 5.0))).verdict is Verdict.INCONCLUSIVE
+    )
+
+
+def test_rows_may_have_smallest_effects_of_their_own():
+    rows = [evidence(0.5, fresh=(-0.001, 0.0, 0.001), spread=0.01)] * 2
+    assert [j.verdict for j in judge(rows, [0.4, 0.6])] == [Verdict.LEARNED, Verdict.AT_INIT]
+    with pytest.raises(ValueError, match="shape"):
+        judge(rows, [0.1, 0.2, 0.3])
 
 
 def test_q_is_benjamini_hochberg_over_rows_with_a_p():
