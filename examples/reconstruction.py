@@ -333,9 +333,9 @@ alone, on {figures["tokens"]:,} tokens; the verdicts are hopeprobe's, on {data["
 
 No figure needs training. With h = 4d a level's norm is √(d + h/3 + d/3 + h/(3d) + d/(3h)) = {norm:.2f}; two levels lie
 {drift:.2f} apart, two projections √(2d/3) = {projections:.2f}, two rows √(2/3) = 0.82. That the study's checkpoints
-were like this is an inference from the numbers; its code is not public. `inconclusive` is what hopeprobe says of a
-number that has no interval, such as a distance of weights, and of a test that decided nothing; `no-signal` of a gate
-that lets everything pass; `collapsed` of fast weights of which nothing is left: such is a drift of 1.0 here.
+were like this is an inference from the numbers; its code is not public. `untrained` is what hopeprobe says of weights
+that are another initialisation than the run's, and then of every number that the rule leaves open; `at-init` of one
+that this run had before any training; `collapsed` of fast weights of which nothing is left: such is a drift of 1.0 here.
 """
 
 

@@ -43,6 +43,10 @@ def test_the_page_is_made_of_the_committed_numbers(module, document):
 def test_nothing_is_called_learned_and_everything_is_judged(module, document):
     assert {r["verdict"] for r in document["results"] if r["probe"] == "integrity"} == {"untrained"}
     assert "learned" not in {r["verdict"] for r in document["results"]}
+    for _, _, key, judged in module.ROWS:
+        rows = [row for row in document["results"] if judged and module.matches(row, *judged)]
+        assert bool(rows) == bool(judged), key
+        assert {row["verdict"] for row in rows} <= {"at-init", "untrained", "collapsed"}, key
     table = module.table(document)
     assert len(table.splitlines()) == 3 + len(module.ROWS)
     assert "not measured" not in table
