@@ -335,7 +335,7 @@ No figure needs training. With h = 4d a level's norm is √(d + h/3 + d/3 + h/(3
 {drift:.2f} apart, two projections √(2d/3) = {projections:.2f}, two rows √(2/3) = 0.82. That the study's checkpoints
 were like this is an inference from the numbers; its code is not public. `untrained` is what hopeprobe says of weights
 that are another initialisation than the run's, and then of every number that the rule leaves open; `at-init` of one
-that this run had before any training; `collapsed` of fast weights of which nothing is left: such is a drift of 1.0 here.
+that the run had before any training; `collapsed` of fast weights of which nothing is left: such is a drift of 1.0.
 """
 
 

@@ -220,6 +220,13 @@ class Accumulator(ABC):
         """Say, where there is something to say, what the rule should not decide, and a note."""
         return {}
 
+    def rightly_silent(self, hook: str) -> bool:  # noqa: ARG002
+        """Whether a hook point that never fired had nothing to show, by what this has seen; no, unless overridden.
+
+        The accumulator's rows must then say so: `no-signal`, without a value.
+        """
+        return False
+
     def merge(self, other: Accumulator) -> None:
         """Add another accumulator's tokens, those of another rank or split. Raises ValueError as moments do."""
         for name, theirs in other.moments.items():

@@ -123,8 +123,12 @@ class CMSContribution(Probe):
     statistics: ClassVar[tuple[str, ...]] = (CHANGE, REDUNDANCY)
 
     def applies(self, subject: Subject) -> str | None:
-        """None, or that the model has no CMS."""
-        return None if level_names(subject) else "this model has no CMS levels"
+        """None, or that the model has no CMS, or none whose levels can be ablated."""
+        points = subject.module.hook_dict
+        names = [_point(layer, level) for layer, of in levels_of(points).items() for level in of]
+        if fixed := [name for name in names if not points[name].spec.editable]:
+            return f"levels cannot be ablated: {fixed[0]} may be watched, not replaced"
+        return None if names else "this model has no CMS levels"
 
     def conditions(self, subject: Subject) -> Sequence[Condition]:
         """Live, each level ablated, each pair."""

@@ -39,29 +39,35 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
-from scipy.special import xlogy
 
 from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import (
-    GROUPS,
     GroupedCovariance,
     GroupedMean,
     GroupedMoments,
     Histogram,
-    Moments,
     Verdict,
     as_float64,
-    jackknife,
 )
 from hopeprobe.stats.arrays import as_bool
 from hopeprobe.stats.histogram import RESOLUTION
 
 from .base import Accumulator, Finding, Measurement, NullValue, Place, Probe, Quantity, value_without_tokens
+from .gate_rates import (
+    IN_USE,
+    RATE_EFFECT,
+    SHARE,
+    OfEntropy,
+    OfGate,
+    gate_entropy,
+    kept_less_dropped,
+    pass_rate,
+)
 from .surprise import HOOK as SURPRISE_HOOK
 from .surprise import checked_losses, descriptor, slack, surprisal_of, train_unigram, unigram_note
 
@@ -70,7 +76,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hopeprobe.stats import Estimate
     from hopeprobe.stats.arrays import BoolArray, FloatArray, IntArray
     from hopeprobe.subject import Subject
     from hopeprobe.tokens import EvalBatch, EvalWindows, Unigram
@@ -78,11 +83,9 @@ if TYPE_CHECKING:
     from .base import RowKey
 
 HOOK = "hook_gate"
-IN_USE = "in use"
 LADDER = (0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)  # nats
 SELECTING = 0.05  # share of tokens dropped at which a gate counts as selecting
 
-RATE_EFFECT = 0.05  # of all tokens
 ENTROPY_EFFECT = 0.05  # bits
 DIFFERENCES = {
     "surprisal_difference": ("nats", 0.1, (-math.inf, math.inf)),
@@ -91,12 +94,8 @@ DIFFERENCES = {
 }
 """Unit, smallest effect and range of what is compared between tokens kept and dropped."""
 
-MIN_RARE_GROUPS = 16
-"""Fewest groups of documents with a token dropped, and with one kept, for which an interval is claimed."""
-
 _Moments = TypeVar("_Moments", bound=GroupedMoments)
 _SELECTING_LOSS = Place("selecting_loss", component=IN_USE)
-_SHARE = (0.0, 1.0)
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _RULE = re.compile(rf"g(?:_t)?\s*=\s*\[\s*s(?:_t)?\s*>\s*({_NUMBER})\s*\]")
 
@@ -105,35 +104,6 @@ def declared_threshold(subject: Subject) -> float | None:
     """Find τ, nats, in what `hook_gate` declares ("g_t = [s_t > 0.02]"); None for a rule of another kind."""
     found = _RULE.fullmatch(subject.module.hook_dict[HOOK].spec.equation.strip())
     return float(found[1]) if found else None
-
-
-def binary_entropy(p: FloatArray) -> FloatArray:
-    """−p log2 p − (1 − p) log2(1 − p), bits, in [0, 1]; p in [0, 1], NaN stays NaN."""
-    p = np.clip(p, 0.0, 1.0)  # a mean of zeros and ones may round to a little more than 1
-    return as_float64(0.0 - (xlogy(p, p) + xlogy(1.0 - p, 1.0 - p)) / math.log(2))  # no −0
-
-
-def pass_rate(moments: Moments, column: int) -> FloatArray:
-    """Mean of x[column], the share of tokens that pass: float64 [B]."""
-    return moments.mean()[:, column]
-
-
-def gate_entropy(moments: Moments, column: int) -> FloatArray:
-    """`binary_entropy` of `pass_rate`: float64 [B]."""
-    return binary_entropy(pass_rate(moments, column))
-
-
-def kept_less_dropped(moments: Moments, of: int) -> FloatArray:
-    """Mean of x[of] over tokens with gate x[0] = 1, less that over tokens with 0: float64 [B].
-
-    For a gate of zeros and ones this is cov(g, x) / (p (1 − p)). NaN where nothing is kept, or nothing dropped.
-    """
-    kept = _kept(moments, 0)
-    defined = (kept > 0) & (kept < moments.n)
-    p = kept / np.maximum(moments.n, 1)
-    covariance, nothing = moments.covariance("xx")[:, 0, of], np.full(p.shape, np.nan)
-    difference: FloatArray = np.divide(covariance, p * (1 - p), out=nothing, where=defined)
-    return difference
 
 
 def earlier_in_window(tokens: IntArray) -> BoolArray:
@@ -250,8 +220,8 @@ class GateMoments(Accumulator):
             return []
         gates = {IN_USE: ("gate", 0)} | {f"tau={tau:g}": ("ladder", k) for k, tau in enumerate(LADDER)}
         kinds = (
-            (_OfGate, "pass_rate", "1", pass_rate, RATE_EFFECT),
-            (_Entropy, "gate_entropy", "bits", gate_entropy, ENTROPY_EFFECT),
+            (OfGate, "pass_rate", "1", pass_rate, RATE_EFFECT),
+            (OfEntropy, "gate_entropy", "bits", gate_entropy, ENTROPY_EFFECT),
         )
         rows: list[Quantity] = []
         for (make, statistic, unit, function, effect), (component, (name, column)) in itertools.product(
@@ -259,19 +229,19 @@ class GateMoments(Accumulator):
         ):
             place, sources = Place(statistic, component=component), partial(self._one, name)
             of = partial(function, column=column)
-            rows.append(make(place, unit, of, sources, _SHARE, effect, column=column))
+            rows.append(make(place, unit, of, sources, SHARE, effect, column=column))
         for k, (statistic, (unit, effect, bounds)) in enumerate(DIFFERENCES.items(), start=1):
             if statistic != "surprisal_difference" or self.unigram is not None:
                 place = Place(statistic, component=IN_USE)
                 compared = partial(kept_less_dropped, of=k)
-                rows.append(_OfGate(place, unit, compared, partial(self._one, "gate"), bounds, effect))
+                rows.append(OfGate(place, unit, compared, partial(self._one, "gate"), bounds, effect))
         return rows
 
     def remarks(self) -> Mapping[Place, tuple[Verdict | None, str]]:
         """`no-signal` where all or no tokens pass, and where too few are on one side for an interval."""
         found: dict[Place, tuple[Verdict | None, str]] = {}
         for row in self.quantities():
-            assert isinstance(row, _OfGate)
+            assert isinstance(row, OfGate)
             verdict, why = row.indecision()
             beside_unigram = row.place.statistic == "surprisal_difference"
             found[row.place] = verdict, "; ".join(filter(None, (why, self.note if beside_unigram else "")))
@@ -323,90 +293,6 @@ class GateMoments(Accumulator):
 
     def _one(self, name: str) -> tuple[GroupedMoments]:
         return (self.moments[name],)
-
-
-@dataclass(frozen=True)
-class _OfGate(Quantity):
-    """A row about a gate of zeros and ones, which is x[column] of its only source."""
-
-    column: int = 0
-
-    def estimate(self) -> Estimate:
-        """As any quantity's, without an interval where the rarer kind of token is in too few groups.
-
-        Leaving out groups says nothing of tokens that no group holds: the interval of a gate that was never seen to
-        close would have no width. For its rate there is a bound that does not need to have seen one.
-        """
-        found = super().estimate()
-        if self.groups_of_rarer() >= MIN_RARE_GROUPS:
-            return found
-        nan = math.nan
-        if self.place.statistic == "pass_rate" and found.plug_in == 1.0:
-            return replace(found, value=1.0, ci_low=_never_closed(found.n_groups), ci_high=1.0)
-        return replace(found, value=found.plug_in, ci_low=nan, ci_high=nan, se=nan, df=nan)
-
-    def groups_of_rarer(self) -> int:
-        """Count the groups of documents in which a token passes, or those in which one does not: the fewer."""
-        moments = self._moments()
-        kept = _kept(moments, self.column)
-        return min(int(np.count_nonzero(kept)), int(np.count_nonzero(moments.n - kept)))
-
-    def indecision(self) -> tuple[Verdict | None, str]:
-        """Say what leaves the rule nothing to decide."""
-        moments = self._moments()
-        kept, n = int(_kept(moments, self.column).sum()), int(moments.n.sum())
-        which = "the gate" if self.place.component == IN_USE else "a gate at this threshold"
-        if kept == n:
-            why = f"{which} never closes: it selects nothing"
-            if self.place.statistic != "pass_rate":
-                return Verdict.NO_SIGNAL, why
-            groups = int(np.count_nonzero(moments.n))
-            enough = _never_closed(groups) >= 1 - RATE_EFFECT
-            return None if enough else Verdict.INCONCLUSIVE, f"{why}, in {groups} groups of documents"
-        if kept == 0:
-            return Verdict.NO_SIGNAL, f"{which} never opens: it selects nothing, and nothing would be written"
-        if (groups := self.groups_of_rarer()) < MIN_RARE_GROUPS:
-            rarer = (
-                f"{n - kept} of {n} tokens are dropped" if n - kept < kept else f"{kept} of {n} tokens pass"
-            )
-            return Verdict.INCONCLUSIVE, (
-                f"{rarer}, in {groups} of {GROUPS} groups of documents: an interval needs {MIN_RARE_GROUPS}"
-            )
-        return None, ""
-
-    def _moments(self) -> Moments:
-        (source,) = self.sources()
-        return source.compute() if isinstance(source, GroupedMoments) else source
-
-
-@dataclass(frozen=True)
-class _Entropy(_OfGate):
-    """The entropy of a gate."""
-
-    def estimate(self) -> Estimate:
-        """Its interval is what entropies the pass rates in the interval of the rate have.
-
-        Where the gate passes about half of the tokens, entropy is at its top and hardly moves with the rate: the
-        jackknife's own interval covers 80 % there.
-        """
-        found = super().estimate()
-        if math.isnan(found.ci_low):
-            return found
-        rate = jackknife(partial(pass_rate, column=self.column), *self.sources(), bounds=_SHARE)
-        ends = [found.value, *binary_entropy(np.array([rate.ci_low, rate.ci_high])).tolist()]
-        top = 1.0 if rate.ci_low <= 0.5 <= rate.ci_high else max(ends)
-        return replace(found, ci_low=min(ends), ci_high=top)
-
-
-def _never_closed(groups: int) -> float:
-    """Lower bound of a rate of 1, 95 %: of the share of groups without a dropped token, seen in all of `groups`."""
-    return float(0.05 ** (1 / groups))
-
-
-def _kept(moments: Moments, column: int) -> FloatArray:
-    """Tokens that pass, float64 [B]: a whole number."""
-    kept: FloatArray = np.rint(moments.n * moments.means["x"][:, column])
-    return kept
 
 
 def _threshold(component: str) -> float:

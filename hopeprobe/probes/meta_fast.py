@@ -32,9 +32,9 @@ Nulls: own-init and fresh-init; for output_divergence and logit_kl on samples as
 
 Verdicts. Of a memory, or of what it is part of: `diverged` where fast weights are not finite, or the interval of
 norm_ratio lies above 2; `collapsed` where it lies below 0.5: decay towards zero gives a drift of 1, which says that
-nothing is left, not that anything was learned; `no-signal` where the drift is 0 at every position, never written, and
-for outputs that are those of meta weights. Only then the rule. Windows of different text with one and the same fast
-weights are an error, and no measurement.
+nothing is left, not that anything was learned; `no-signal` where the drift is 0 at every position, never written, or
+the write gate opens at no token, so that fast weights are never shown, and for outputs that are those of meta weights.
+Only then the rule. Windows of different text with one and the same fast weights are an error, and no measurement.
 
 Cost: in the live pass, fast weights are assembled in the ticks that end at the positions, and nowhere else. Outputs are
 read in one window for each group of documents, 40 full windows at most: as many tokens read live as that, and three
@@ -55,7 +55,7 @@ from hopeprobe.subject import MissingCapability
 
 from .base import Accumulator, Finding, Measurement, Place, Probe, value_without_tokens
 from .meta_fast_memories import memories_of, positions_of, reducers_of
-from .meta_fast_moments import DECAY, PARTS, RATIOS, FastMoments
+from .meta_fast_moments import DECAY, NEVER_OPEN, PARTS, RATIOS, FastMoments
 from .meta_fast_outputs import KINDS, read_outputs
 from .sample import findings, sampled
 
@@ -93,9 +93,10 @@ class MetaFast(Probe):
         return None
 
     def hooks(self, subject: Subject) -> list[str]:
-        """Retention and write gate of every layer."""
-        mechanisms = dict.fromkeys(memory.mechanism for memory in memories_of(subject) if memory.mechanism)
-        return [f"{name}.{point}" for name in mechanisms for point in ("hook_alpha", "hook_write_gate")]
+        """Retention of every layer, and every write gate."""
+        memories = memories_of(subject)
+        alphas = (f"{memory.mechanism}.hook_alpha" for memory in memories if memory.mechanism)
+        return list(dict.fromkeys([*alphas, *(memory.gate for memory in memories if memory.gate)]))
 
     def reducers(self, subject: Subject) -> Mapping[str, Callable[[Tensor], Tensor]]:
         """Fast weights of every memory and level."""
@@ -174,7 +175,10 @@ def _verdict(rows: Sequence[Measurement], resolution: float) -> tuple[Verdict, s
                 f"after {position} tokens {size.value:.2g} of the norm of the meta weights is left: under {LEAST:g} "
                 "fast weights are taken to have collapsed, which is no adaptation however far they moved"
             )
-    drift = [row.estimate.plug_in for row in rows if row.place.statistic == "relative_drift"]
+    drifts = [row for row in rows if row.place.statistic == "relative_drift"]
+    if drifts and all(row.override is Verdict.NO_SIGNAL for row in drifts):
+        return Verdict.NO_SIGNAL, NEVER_OPEN
+    drift = [row.estimate.plug_in for row in drifts]
     if drift and max(drift) == 0:
         return (
             Verdict.NO_SIGNAL,

@@ -40,6 +40,8 @@ DECAY = ("retention", "half_life")
 
 INIT_NOTE = "decay goes towards the meta weights: all of the drift is writes"
 
+NEVER_OPEN = "never written: its write gate opens at no token"
+
 COLUMNS = (*RATIOS, *PARTS, "lost", "unseen")
 """What is held of a window; in the last two 1 where its fast weights are not finite, or were not shown."""
 
@@ -91,6 +93,7 @@ class FastMoments(Accumulator):
         self.memories = tuple(memories)
         self.squared = [memory.squared() for memory in memories]
         self.mechanisms = {memory.mechanism: memory.layer for memory in memories if memory.mechanism}
+        self.gates = tuple(dict.fromkeys(memory.gate for memory in memories if memory.gate))
 
     def update(self, cache: Readings, losses: Tensor, scored: Tensor, batch: EvalBatch) -> None:
         """Add one batch: reduced fast weights [R, firings, 3], `hook_alpha` and `hook_write_gate` [R, T].
@@ -101,6 +104,7 @@ class FastMoments(Accumulator):
         mask, shape = as_bool(scored), (len(batch.lengths), len(self.positions))
         broken = np.cumsum(mask & ~np.isfinite(as_float64(losses)), axis=1) > 0
         reached = batch.lengths[:, None] >= np.array(self.positions)
+        self._watch_gates(cache, mask, broken, batch)
         kept = {name: self._retention(cache, name, mask, reached, batch) for name in self.mechanisms}
         values = np.full((*shape, len(self.memories), len(COLUMNS)), np.nan)
         for i, memory in enumerate(self.memories):
@@ -156,6 +160,29 @@ class FastMoments(Accumulator):
         log_kept = np.log(np.maximum(kept, _SMALLEST)).cumsum(axis=1)
         return np.where(reached, np.exp(log_kept[:, np.minimum(last, gate.shape[1] - 1)]), np.nan)
 
+    def _watch_gates(self, cache: Readings, mask: BoolArray, broken: BoolArray, batch: EvalBatch) -> None:
+        """Count tokens at which each gate is open, and those at or behind a loss that is no number."""
+        opened = np.zeros((*mask.shape, len(self.gates) + 1))
+        opened[..., -1] = broken
+        for i, name in enumerate(self.gates):
+            if name in cache:  # it rests in a batch too short to write
+                gate = as_float64(cache[name])
+                opened[:, : gate.shape[1], i] = gate[:, : mask.shape[1]] != 0
+        mean = self.moments.setdefault("gates", GroupedMean((len(self.gates) + 1,)))
+        assert isinstance(mean, GroupedMean)
+        mean.update(opened, mask, batch.group)
+
+    def _never_opens(self, memory: Memory) -> bool:
+        """Whether the gate of a memory was shown, was closed at every token, and no loss kept it from opening."""
+        if memory.gate not in self.gates or not self.moments["gates"].n_tokens:
+            return False
+        shares = mean_of(self.moments["gates"].compute().pooled())[0]
+        return not shares[self.gates.index(memory.gate)] and not shares[-1]
+
+    def rightly_silent(self, hook: str) -> bool:
+        """Fast weights are shown when they are written: not by a memory whose gate never opens."""
+        return any(hook in memory.metas and self._never_opens(memory) for memory in self.memories)
+
     def _of(self, name: str, shape: tuple[int, ...]) -> WindowMeans:
         found = self.moments.setdefault(name, WindowMeans(shape))
         assert isinstance(found, WindowMeans)
@@ -201,9 +228,10 @@ class FastMoments(Accumulator):
             for j in self._reached(windows, i):
                 n = _counts(windows, j, i)
                 total, notes = sum(n.values()), []
+                silent = n["unseen"] == total and self._never_opens(memory)
                 if n["lost"]:
                     notes.append(f"fast weights, or losses, are not finite in {n['lost']} of {total} windows")
-                if n["unseen"]:
+                if n["unseen"] and not silent:
                     notes.append(
                         f"{n['unseen']} of {total} windows are left out: nothing was written in the tick that ends "
                         "here, in any window of their batch, and fast weights are shown when they are written"
@@ -211,7 +239,8 @@ class FastMoments(Accumulator):
                 for name in (*RATIOS, *PARTS):
                     also = [INIT_NOTE] if name == "decay_part" and memory.target == "init" else []
                     place = self._place(name, memory.layer, memory.component, j)
-                    found[place] = (Verdict.DIVERGED if n["lost"] else None, "; ".join(notes + also))
+                    verdict = Verdict.DIVERGED if n["lost"] else Verdict.NO_SIGNAL if silent else None
+                    found[place] = (verdict, "; ".join(notes + also))
         for mechanism, layer in self.mechanisms.items():
             mean = self.moments[f"alpha.{mechanism}"]
             if mean.n_tokens and not mean.compute().pooled().mean()[0]:

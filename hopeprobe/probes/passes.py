@@ -106,8 +106,9 @@ def run_pass(
             on_batch(done + 1, len(windows))
         if not result.accumulators:
             break
-    for name in list(result.accumulators):
-        if silent := [n for n in workers[0].readers[name].names if (name, n) not in fired]:
+    for name, accumulator in list(result.accumulators.items()):
+        unseen = [n for n in workers[0].readers[name].names if (name, n) not in fired]
+        if silent := [n for n in unseen if not accumulator.rightly_silent(n)]:
             result.drop(name, _never_fired(silent))
     if unfired := [
         name for name, count in in_force.items() if not count and points[name].spec.cadence == "write"

@@ -222,6 +222,19 @@ def test_a_model_without_a_cms_is_not_asked(subject_of, configs, settings):
     }
 
 
+def test_levels_that_may_only_be_watched_cannot_be_ablated(text):
+    subject = Levels(logistic, {"fast": knows(1.0), "slow": knows(2.0)})
+    point = subject.module.hook_dict["blocks.0.cms.slow.hook_delta"]
+    point.spec = dataclasses.replace(point.spec, editable=False)
+    results = analyze(
+        subject, ["surprise", PROBE], data=text, tokens=None, split="all", fresh=0, cache_dir=None
+    )
+    rows = [row for row in results.rows if row.probe == PROBE.name]
+    assert [row.verdict for row in rows] == ["n/a", "n/a"]
+    assert all("blocks.0.cms.slow.hook_delta may be watched, not replaced" in row.note for row in rows)
+    assert not missing_from(results)
+
+
 def test_points_that_do_not_fire_are_no_measurement(subject, settings):
     class Deaf(HopeSubject):
         def run(self, tokens, lengths=None, state=None):

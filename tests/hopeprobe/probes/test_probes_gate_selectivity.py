@@ -18,13 +18,11 @@ from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.probes import get_probe
 from hopeprobe.probes.base import Place
+from hopeprobe.probes.gate_rates import IN_USE, MIN_RARE_GROUPS, binary_entropy
 from hopeprobe.probes.gate_selectivity import (
     DIFFERENCES,
-    IN_USE,
     LADDER,
-    MIN_RARE_GROUPS,
     GateMoments,
-    binary_entropy,
     declared_threshold,
     earlier_in_window,
 )

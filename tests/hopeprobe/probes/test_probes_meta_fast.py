@@ -21,6 +21,8 @@ from hopeprobe.probes.base import Place
 from hopeprobe.probes.meta_fast_memories import MOST_POSITIONS, memories_of, positions_of, products
 from hopeprobe.probes.meta_fast_moments import ratios
 from hopeprobe.probes.passes import run_pass
+from hopeprobe.probes.readings import Readings
+from hopeprobe.stats import Verdict
 from hopeprobe.subject import Subject
 from hopeprobe.tokens import EvalWindows, TokenData
 
@@ -420,17 +422,50 @@ def test_fast_weights_shared_by_a_batch_are_no_measurement():
     assert accumulated(make(), windows_of(twins)).moments, "one text gives one state"
 
 
-def test_gates_that_never_open_write_nothing_and_no_number_is_made_of_that():
+def test_gates_that_never_open_write_nothing_and_no_number_is_made_of_that(tmp_path):
     closed = make(dataclasses.replace(CONFIG, surprise_threshold=1e9))
-    failed = run_pass(closed, windows_of(), [PROBE], LIVE).failed
-    assert "never fired" in failed[PROBE.name]
+    results, rows = rows_of(closed, tmp_path, fresh=0)
+    assert not missing_from(results)
+    assert {row.verdict for row in rows.values()} <= {"no-signal", "n/a"}
+    for component in ("selfmod.k", "cms.slow"):
+        for name in ("relative_drift", "fast_meta_cosine", "norm_ratio"):
+            row = rows[place(name, component, 32)]
+            assert (math.isnan(row.value), row.verdict) == (True, "no-signal")
+            assert "never written: its write gate opens at no token" in row.note
+
+
+def test_a_mechanism_that_is_never_written_leaves_the_others_theirs():
+    subject = edited()  # of which there is no replica, on which this hook would not be
+    subject.module.add_hook("blocks.*.selfmod.hook_write_gate", lambda gate, hook: gate * 0)
+    rows = {row.place: row for row in accumulated(subject).measurements()}
+    assert rows[place("relative_drift", "selfmod.k")].override is Verdict.NO_SIGNAL
+    assert rows[place("relative_drift", "cms.slow")].estimate.value > 0
+    assert rows[place("relative_drift", "cms.slow")].override is None
+
+
+def test_silent_points_behind_an_open_gate_or_a_broken_loss_are_no_closed_gate():
+    """What could be taken for a gate that never opens: points that nobody calls, and losses that no gate opens for."""
+    batch = next(iter(windows_of()))
+    scored = torch.from_numpy(np.arange(batch.tokens.shape[1] - 1) < batch.lengths[:, None])
+    memories = memories_of(make())
+    for opened, loss, silent in ((0.0, 1.0, True), (1.0, 1.0, False), (0.0, math.nan, False)):
+        accumulator = PROBE.accumulator(make(), "live", windows_of())
+        losses = torch.where(torch.rand(scored.shape) < 0.5, torch.full(scored.shape, loss), 1.0)
+        gates = {memory.gate: torch.zeros(scored.shape) for memory in memories}
+        gates["blocks.1.cms.slow.hook_write_gate"][3, 5] = opened
+        alphas = {f"{m.mechanism}.hook_alpha": torch.ones(scored.shape) for m in memories if m.mechanism}
+        accumulator.update(Readings({**gates, **alphas}, {}), losses, scored, batch)
+        assert accumulator.rightly_silent("blocks.1.cms.slow.hook_fast_in") == silent
+        assert accumulator.rightly_silent("blocks.0.cms.slow.hook_fast_in") == math.isfinite(loss)
+        assert not accumulator.rightly_silent("blocks.0.selfmod.hook_alpha")
 
 
 def test_outputs_that_are_those_of_meta_weights_are_no_signal(tmp_path):
     closed = make(dataclasses.replace(CONFIG, surprise_threshold=1e9))
     _, rows = rows_of(closed, tmp_path, fresh=0)
-    assert {p.statistic for p in rows} == {"output_divergence", "logit_kl"}
-    assert {(r.value, r.verdict) for r in rows.values()} == {(0, "no-signal")}
+    outputs = [row for place, row in rows.items() if place.statistic in ("output_divergence", "logit_kl")]
+    assert len(outputs) == 2 * 3 + 1
+    assert {(r.value, r.verdict) for r in outputs} == {(0, "no-signal")}
 
 
 def test_a_memory_whose_points_never_fire_is_missing(tmp_path):
