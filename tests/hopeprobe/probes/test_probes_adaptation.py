@@ -282,6 +282,22 @@ def test_a_mechanism_that_died_or_hurts_or_helps_less_has_not_learned(text):
     assert rows["loss_change", "selfmod", ""].verdict == "learned"
 
 
+def test_memory_of_a_sequence_that_is_gone_is_no_collapse_of_what_writes(text):
+    before = Effects(selfmod=0.2, cms=0.3, own=0.1)
+    rows = rows_of(text, Effects(selfmod=0.4, cms=0.5, own=0.001), before)
+    row = rows["state_loss_change", "swapped", ""]
+    assert row.value == pytest.approx(-0.001)
+    assert row.verdict == "inconclusive"
+    assert "helps less than at initialisation (-0.1" in row.note
+
+
+@pytest.mark.parametrize("both", [0.1, -0.1])
+def test_neither_direction_of_the_interaction_is_better(text, both):
+    rows = rows_of(text, Effects(selfmod=0.4, cms=0.5, own=0.1, both=both), Effects())
+    assert rows["loss_change", "interaction", ""].value == pytest.approx(-both / 2)
+    assert rows["loss_change", "interaction", ""].verdict == "learned"
+
+
 def test_a_diverged_model_adapts_to_nothing(text):
     rows = rows_of(text, Effects(selfmod=1.0, cms=1.0, own=0.5, base=14.0), Effects())
     judged = {row.verdict for key, row in rows.items() if key[0] not in ("loss", "continuation_gap")}

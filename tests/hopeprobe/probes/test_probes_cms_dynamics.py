@@ -83,7 +83,7 @@ def test_norms_and_drift_of_initialisations_have_their_closed_form(subject_of, c
 
 
 def test_norms_and_drift_of_a_run_against_numpy(toy_run, settings):
-    table, _ = table_of(toy_run / "step-000040.pt", settings, tokens=200)
+    table, nulls = table_of(toy_run / "step-000040.pt", settings, tokens=200)
     steps, prefix = (0, 1, 2, 5, 10, 20, 40), "blocks.1.cms.levels.slow."
     vectors = []
     for step in steps:
@@ -100,12 +100,29 @@ def test_norms_and_drift_of_a_run_against_numpy(toy_run, settings):
     assert of(early, "weight_norm", 1, "slow").verdict == "at-init"
     drift = table[(table.statistic == "checkpoint_drift") & (table.layer == 1) & (table.component == "slow")]
     assert list(drift.position) == [f"step {a} to {b}" for a, b in itertools.pairwise(steps)]
+    null = nulls[(nulls.statistic == "checkpoint_drift") & (nulls.component == "slow")].value
+    drawn = 64 / 3 + 16 / 3 + 64 / 48 + 16 / 192  # of the squared norm, beside a LayerNorm of ones
+    np.testing.assert_allclose(null, math.sqrt(2 * drawn / (16 + drawn)), rtol=0.1)
     expected = [np.linalg.norm(b - a) / np.linalg.norm(a) for a, b in itertools.pairwise(vectors)]
     np.testing.assert_allclose(drift.value, expected, rtol=1e-9)
     assert set(drift.verdict) == {"inconclusive"}
     assert of(table, "settled_step", 1, "slow").value == 40
     assert of(table, "distance_from_init", 1, "mix_bias").verdict == "n/a", "it starts at zero"
     assert of(table, "displacement", 1, "mix_bias").value > 0
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.009, "at-init"), (1.011, "learned")])
+def test_the_smallest_effect_on_a_norm_is_a_share_of_it(subject_of, configs, settings, factor, verdict):
+    wide = dataclasses.replace(configs["toy"], dim=64)  # of norms that differ by less than that between seeds
+    subject = subject_of(wide)
+    with torch.no_grad():
+        for parameter in level(subject).parameters():
+            parameter.mul_(factor)
+    subject.trained_steps, subject.own_init = 10, lambda: subject_of(wide)
+    subject.training = lambda: {"learning_rate": 1.0, "weight_decay": 0.0}
+    table, _ = table_of(subject, settings, tokens=200)
+    assert of(table, "weight_norm", 0, "slow").verdict == verdict
+    assert of(table, "weight_norm", 0, "fast").verdict == "no-signal"
 
 
 def test_the_same_weights_at_two_checkpoints_are_no_signal(toy_run, tmp_path, settings):
@@ -242,6 +259,17 @@ def test_a_gate_that_nothing_passes_is_no_signal_everywhere(subject_of, configs,
     subject = subject_of(dataclasses.replace(configs["toy"], surprise_threshold=1e9))
     table, _ = table_of(subject, settings)
     assert set(table[table.statistic.isin(["writes", "write_size"])].verdict) == {"no-signal"}
+
+
+@pytest.mark.parametrize(("opens", "opened"), [(8, [1]), (32, [1]), (40, [0]), (None, [0])])
+def test_a_period_is_open_when_one_of_its_ticks_is(opens, opened):
+    """A window of 40 tokens, written every 32: the tick that ends at 40 belongs to a period that never ends."""
+    watch = _Watch(_Clock(), [torch.ones(2, 2)] * 2)
+    watch.open = {end: np.array([end == opens]) for end in range(8, 48, 8)}
+    watch.size = watch.change = {32: np.ones((1, 2))}
+    writes = LevelWrites(32)
+    watch.finish(writes, [40], "slow")
+    assert (writes.opened, writes.done, writes.due) == (opened, [1], [1])
 
 
 @pytest.mark.parametrize("told", [8, 24])

@@ -20,7 +20,7 @@ from hopeprobe.probes.learning_signal import (
     read_gradients,
 )
 from hopeprobe.probes.sample import sampled
-from hopeprobe.stats import GroupedMean, jackknife
+from hopeprobe.stats import GroupedMean, Verdict, jackknife
 from hopeprobe.subject import Subject, load
 from hopeprobe.tokens import EvalWindows, TokenData
 
@@ -81,6 +81,73 @@ def test_a_linear_loss_has_its_slope_for_a_gradient(toy_data):
     assert [r.tokens for r in found[place]] == [b.lengths[0] for b in batches]
     assert found[place] == found[Place("gradient_norm", component="linear")]
     assert {r.value for r in found[Place("gradient_norm", component="idle")]} == {0.0}
+
+
+def test_norms_of_a_group_are_those_of_one_vector(toy_data):
+    class Both(Linear):
+        def loss(self, tokens, lengths=None):
+            return super().loss(tokens, lengths) + 12.0 * self.module.idle[0]
+
+    tokens, lengths = torch.tensor([[1, 1, 1]]), torch.tensor([2])
+    assert gradients(Both(), tokens, lengths) == {"w": pytest.approx(25), "idle": pytest.approx(144)}
+    (batch,) = sampled(windows_of(toy_data), 0)[:1]
+    batch = dataclasses.replace(batch, tokens=np.ones_like(batch.tokens))
+    found = {
+        place.component: readings[0].value for place, readings in read_gradients(Both(), [batch]).items()
+    }
+    assert found == pytest.approx({"w": 5, "idle": 12, "linear": 13, "all": 13})
+
+
+class Seldom(Linear):
+    """The loss reaches `idle` in windows that hold an even first token only; something is written every `period`."""
+
+    context, trained_steps, seed, period, even = 128, 10, 0, 8, True
+
+    def loss(self, tokens, lengths=None):
+        seen = self.even and int(tokens[0, 0]) % 2 == 0
+        return super().loss(tokens, lengths) + (self.module.idle.sum() if seen else 0.0)
+
+    def write_periods(self):
+        return {"memory": self.period}
+
+    def identity(self):
+        return {"period": self.period, "even": self.even}
+
+    def own_init(self):
+        return self
+
+    def reinitialised(self, seed):
+        return self
+
+
+def idle_of(length, **attributes):
+    """The finding about `idle` on 40 documents of so many tokens."""
+    subject = Seldom()
+    for name, value in attributes.items():
+        setattr(subject, name, value)
+    documents = [np.arange(i, i + length + 1) % 97 for i in range(40)]
+    text = TokenData.from_documents(documents, name="steps", vocab_size=97, end_of_text=0)
+    found = PROBE.of_model(subject, subject, EvalWindows(text, "all", context=128, tokens=None, batch=4))
+    return next(f for f in found if f.measurement.place.component == "idle")
+
+
+def test_a_gradient_that_is_zero_in_some_windows_is_a_signal():
+    finding = idle_of(20)
+    assert finding.override is None
+    assert 0 < 10**finding.measurement.estimate.plug_in < math.sqrt(3)
+
+
+@pytest.mark.parametrize(
+    ("length", "period", "verdict"),
+    [
+        (20, 8, Verdict.NO_SIGNAL),
+        (32, 32, Verdict.INCONCLUSIVE),  # written at its end, and read nowhere
+        (33, 32, Verdict.NO_SIGNAL),
+        (100, 72, Verdict.NO_SIGNAL),  # windows are longer than usual, so that the write is read
+    ],
+)
+def test_no_signal_takes_windows_in_which_a_write_is_read(length, period, verdict):
+    assert idle_of(length, even=False, period=period).override is verdict
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,24 @@ def test_share_moved_by_step_200(toy_run, monkeypatch):
     assert null(share, "analytic").value == 0.5
 
 
+def test_the_last_checkpoint_has_not_moved_by_its_own_step(toy_run, monkeypatch):
+    monkeypatch.setattr("hopeprobe.probes.movement.STUDY_STEP", 40)
+    subject = load(toy_run / "step-000040.pt")
+    rows = movement_rows(Weights(subject, subject.own_init()), [Part(0, "k.w1", (W1,))])
+    (share,) = (row for row in map(measurement, rows) if row.place.statistic == "moved_by_step_200")
+    assert share.override is Verdict.NOT_APPLICABLE
+    assert "no checkpoint of step 40 lies before this one, of step 40" in share.note
+
+
+def test_the_runs_own_seed_is_no_other_initialisation(subject_of):
+    seed = 3_000_029
+    subject = subject_of(seed=seed)
+    subject.trained_steps = 0
+    others = Weights(subject, subject_of(seed=seed)).others[W1][:, 2]
+    assert len(others) == 5
+    assert (others > 1).all(), "squared distances: about 2 · 16/3"
+
+
 def test_a_run_with_nothing_between_its_ends_has_no_times(toy_run):
     subject = load(toy_run / "step-000001.pt")
     rows = movement_rows(Weights(subject, subject.own_init()), [Part(0, "k.w1", (W1,))])
