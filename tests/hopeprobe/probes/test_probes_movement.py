@@ -21,6 +21,7 @@ from hopeprobe.probes.movement import (
     located,
     movement_rows,
 )
+from hopeprobe.probes.selfmod_drift import parts_of
 from hopeprobe.stats import Evidence, Verdict, judge
 from hopeprobe.subject import MissingCapability, load
 
@@ -202,6 +203,26 @@ def test_another_initialisation_is_seen(pair):
     assert "all weights together: another initialisation" in bias.note
     checkpoint.told["learning_rate"] = 3e-4
     assert "further than the optimiser can go" in rows_of(checkpoint, initial, W1, W2)["displacement"].note
+
+
+def test_the_rule_alone_would_call_few_distances_of_other_seeds_learned(subject_of, monkeypatch):
+    """What stands behind that check: 40 initialisations, none of which is the run's own."""
+    monkeypatch.setattr("hopeprobe.probes.movement.Distance.strange", lambda self: "")
+    own, families = subject_of(seed=0), []
+    for seed in range(1, 41):
+        other = subject_of(seed=seed)
+        other.trained_steps = 200
+        weights = Weights(other, own)
+        parts = parts_of(other.parameter_groups()["selfmod"])
+        rows = [row for row in movement_rows(weights, parts) if isinstance(row, Finding)]
+        evidence = [
+            Evidence(row.measurement.estimate, row.difference, row.fresh, row.measurement.override)
+            for row in rows
+            if row.measurement.place.statistic == "distance_from_init"
+        ]
+        families.append({judged.verdict for judged in judge(evidence, 0.05)})
+    assert sum(Verdict.LEARNED in found for found in families) <= 0.05 * len(families)
+    assert all(Verdict.INCONCLUSIVE in found for found in families)
 
 
 def test_weights_trained_as_far_as_that_are_not_called_so(pair):
