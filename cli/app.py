@@ -63,7 +63,9 @@ def demo(
 def train(
     out: Out,
     preset: Annotated[str, typer.Option("--preset", help="tiny, small or scaled.")] = "tiny",
-    variant: Annotated[str, typer.Option("--variant", help="full or transformer.")] = "full",
+    variant: Annotated[
+        str, typer.Option("--variant", help="Which mechanisms there are: hopeprobe params lists them.")
+    ] = "full",
     data: Data = ["builtin"],  # noqa: B006 - typer copies it
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps in total.")] = 2000,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,

@@ -10,7 +10,11 @@ from hopeprobe.cli.terminal import console
 from hopeprobe.errors import BadInputError
 
 #: The study's section 3: "~19M", "~73M", and its Transformer matched in size.
-PUBLISHED = {("small", "full"): "~19M", ("scaled", "full"): "~73.1M"}
+PUBLISHED = {
+    ("small", "full"): "~19M",
+    ("scaled", "full"): "~73.1M",
+    ("scaled", "transformer-matched"): "81.2M",
+}
 
 
 def show_hooks(checkpoint: Path, pattern: str | None, output_format: str) -> None:

@@ -38,6 +38,10 @@ def _tappable(x: Tensor) -> Tensor:
     return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 def _shown(point: HookPoint, meta: Tensor, change: Change) -> Change:
     """Show meta + change to a hook; only an edit may move the change, by so much as a rounding."""
     if not point.active:
@@ -57,6 +61,7 @@ class Level(nn.Module):
     def __init__(self, config: ModelConfig, spec: CMSLevel, registry: HookRegistry, prefix: str) -> None:
         super().__init__()
         self.spec = spec
+        self.written = config.parts.levels
         d, h = config.dim, config.dim * config.cms_multiplier
         self.norm = nn.LayerNorm(d)
         self.w_in = nn.Parameter(torch.empty(h, d))
@@ -74,6 +79,8 @@ class Level(nn.Module):
             "hook_delta", "batch pos d_model", "delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out"
         )
         self.hook_out = point("hook_out", "batch pos d_model", "out = in + delta")
+        if not self.written:
+            return
         rule = f"every {spec.period} tokens: Delta <- Delta - (lr/{spec.period}) sum_t g_t dCE_t/dW"
         self.hook_write_gate = point("hook_write_gate", "batch pos", "g: 0 drops the token's own dCE_t")
         self.hook_fast_in = point(
@@ -93,9 +100,10 @@ class Level(nn.Module):
         """Read (B, C, d): the level's output, and pre-activation, delta, normalised input, activation for its tap."""
         x = self.hook_in(x)
         normed = self.norm(x)
-        pre = _tappable(_plus(F.linear(normed, self.w_in, self.b_in), state.change_in.times(normed)))
+        tappable = _tappable if self.written else _as_it_is
+        pre = tappable(_plus(F.linear(normed, self.w_in, self.b_in), state.change_in.times(normed)))
         hidden = F.gelu(pre)
-        delta = _tappable(_plus(F.linear(hidden, self.w_out, self.b_out), state.change_out.times(hidden)))
+        delta = tappable(_plus(F.linear(hidden, self.w_out, self.b_out), state.change_out.times(hidden)))
         return self.hook_out(x + self.hook_delta(delta)), pre, delta, normed, hidden
 
     def write(
@@ -137,12 +145,12 @@ class CMS(nn.Module):
         self.layer = layer
         self.chain = config.cms_mode == "chain"
         prefix = f"blocks.{layer}.cms"
-        for taken in (lv.name for lv in config.cms_levels if hasattr(nn.ModuleDict, lv.name)):
+        for taken in (lv.name for lv in config.levels if hasattr(nn.ModuleDict, lv.name)):
             raise BadInputError(
                 f"a CMS level cannot be called {taken!r}: torch uses the name; choose another"
             )
         self.levels = nn.ModuleDict(
-            {spec.name: Level(config, spec, registry, f"{prefix}.{spec.name}") for spec in config.cms_levels}
+            {spec.name: Level(config, spec, registry, f"{prefix}.{spec.name}") for spec in config.levels}
         )
         n = len(self.levels)
         self.mix_weight = None if self.chain else nn.Parameter(torch.empty(n, config.dim))
@@ -171,7 +179,8 @@ class CMS(nn.Module):
         current = x
         for i, (level, state) in enumerate(zip(self.level_list(), states, strict=True)):
             out, pre, delta, normed, hidden = level.read(current, state)
-            taps.append(Tap(self.layer, i, pre, delta, normed.detach(), hidden.detach()))
+            if level.written:
+                taps.append(Tap(self.layer, i, pre, delta, normed.detach(), hidden.detach()))
             outs.append(out)
             if self.chain:
                 current = out

@@ -10,12 +10,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 from hopeprobe.errors import BadInputError, near_names
-
-Variant = Literal["full", "transformer"]
-VARIANTS: tuple[str, ...] = get_args(Variant)
+from hopeprobe.model.variants import VARIANTS, Parts
 
 #: The six memories of a self-modifying layer, in the order their fast weights are stacked: those with vector output
 #: first; `memory`, which answers the query, and `q`, which asks it, ahead of the four that only serve writing.
@@ -72,7 +70,7 @@ class ModelConfig:
     reproduction. Raises `BadInputError` for values that cannot work.
     """
 
-    variant: Variant = "full"
+    variant: str = "full"  # one of `variants.VARIANTS`: which mechanisms there are, and which of them write
     vocab_size: int = 50257
     dim: int = 256  # d, width of the residual stream
     layers: int = 6
@@ -105,8 +103,8 @@ class ModelConfig:
     surprise_threshold: float = 0.02  # tau in nats: a token is written when its cross-entropy exceeds it
     embed_std: float = 0.02
     residual: bool = True  # pre-norm residual blocks; False: the bare composition of the public reproduction
-    heads: int = 4  # attention heads, `transformer` only
-    mlp_multiplier: int = 4  # hidden width of the MLP, `transformer` only
+    heads: int = 4  # attention heads, where there is attention
+    mlp_multiplier: int = 4  # hidden width of the MLP of a Transformer
 
     def __post_init__(self) -> None:
         levels: tuple[Any, ...] = self.cms_levels  # plain data, from a checkpoint
@@ -120,7 +118,7 @@ class ModelConfig:
             chunk_memory=self.chunk_memory, conv_width=self.conv_width, truncate_ticks=self.truncate_ticks,
             cms_multiplier=self.cms_multiplier, heads=self.heads, mlp_multiplier=self.mlp_multiplier,
         )  # fmt: skip
-        _check_choice("variant", self.variant, VARIANTS)
+        _check_choice("variant", self.variant, tuple(VARIANTS))
         _check_choice("query", self.query, ("memory", "static"))
         _check_choice("objective", self.objective, ("half-l2", "l2", "dot"))
         _check_choice("eta_squash", self.eta_squash, ("sigmoid", "softplus"))
@@ -135,27 +133,54 @@ class ModelConfig:
         )  # fmt: skip
         if self.truncate_ticks < 0:
             raise BadInputError(f"truncate_ticks is {self.truncate_ticks}, must be 0 (never) or more")
-        if self.variant == "full" and not self.cms_levels:
-            raise BadInputError("variant 'full' needs at least one CMS level")
+        if self.parts.channel == "cms" and not self.cms_levels:
+            raise BadInputError(f"variant {self.variant!r} needs at least one CMS level")
         names = [lv.name for lv in self.cms_levels]
         if len(set(names)) != len(names):
             raise BadInputError(f"CMS level names repeat: {', '.join(names)}")
-        if self.variant == "transformer" and self.dim % (2 * self.heads):
+        if self.parts.mixer == "attention" and self.dim % (2 * self.heads):
             raise BadInputError(
                 f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
             )
 
     @property
+    def parts(self) -> Parts:
+        """What the variant is made of."""
+        return VARIANTS[self.variant]
+
+    @property
+    def levels(self) -> tuple[CMSLevel, ...]:
+        """CMS levels of this variant, with the periods that it writes them at."""
+        if self.parts.channel != "cms":
+            return ()
+        if not self.parts.one_period:
+            return self.cms_levels
+        period = min(level.period for level in self.cms_levels)
+        return tuple(dataclasses.replace(level, period=period) for level in self.cms_levels)
+
+    @property
+    def threshold(self) -> float:
+        """Tau of this variant, nats."""
+        return 0.0 if self.parts.no_threshold else self.surprise_threshold
+
+    @property
     def writes(self) -> bool:
         """Does anything in this model write while it reads."""
-        return self.variant == "full"
+        return self.parts.writes
+
+    @property
+    def periods(self) -> dict[str, int]:
+        """Tokens between two writes of what is written: `selfmod.{memory}`, `cms.{level}`."""
+        names = [name for name in MEMORIES if name != "q" or self.query == "memory"]
+        written = {"all": names, "memory": ["memory"], "none": []}[self.parts.memories]
+        found = {f"selfmod.{n}": self.chunk_memory if n == "memory" else self.chunk for n in written}
+        levels = self.levels if self.parts.levels else ()
+        return found | {f"cms.{level.name}": level.period for level in levels}
 
     @property
     def tick(self) -> int:
         """C: the greatest common divisor of all write periods; the whole context where nothing writes."""
-        if not self.writes:
-            return self.context
-        return math.gcd(self.chunk, self.chunk_memory, *(lv.period for lv in self.cms_levels))
+        return math.gcd(*self.periods.values()) if self.writes else self.context
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint."""
@@ -183,6 +208,13 @@ PRESETS: dict[str, ModelConfig] = {
     "scaled": ModelConfig(dim=512, layers=8, context=512, heads=8),
 }
 
+#: Sizes of `transformer-matched`: at `scaled` the study's; else as wide as `full`, with as many layers as give its size.
+MATCHED: dict[str, dict[str, int]] = {
+    "tiny": {"dim": 64, "layers": 4, "heads": 2},
+    "small": {"dim": 256, "layers": 13, "heads": 4},
+    "scaled": {"dim": 768, "layers": 6, "heads": 12},
+}
+
 #: AdamW's learning rate where a preset wants another than the study's 3e-4.
 PRESET_LEARNING_RATE = {"tiny": 3e-3}
 
@@ -190,8 +222,9 @@ PRESET_LEARNING_RATE = {"tiny": 3e-3}
 def preset(name: str, variant: str = "full") -> ModelConfig:
     """The configuration of a preset in a variant; `BadInputError` offers near names for an unknown one."""
     _check_choice("preset", name, tuple(PRESETS))
-    _check_choice("variant", variant, VARIANTS)
-    return dataclasses.replace(PRESETS[name], variant=variant)  # type: ignore[arg-type]
+    _check_choice("variant", variant, tuple(VARIANTS))
+    sizes = MATCHED[name] if variant == "transformer-matched" else {}
+    return dataclasses.replace(PRESETS[name], variant=variant, **sizes)
 
 
 def published(config: ModelConfig) -> ModelConfig:

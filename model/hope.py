@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import Hooked, HookRegistry, HookSpec
 from hopeprobe.model.attention import MLP, Attention
-from hopeprobe.model.cms import CMS, Tap
+from hopeprobe.model.cms import CMS, Level, Tap
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import surprise_gate
 from hopeprobe.model.init import initialise
@@ -58,30 +58,36 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, registry: HookRegistry) -> None:
         super().__init__()
         self.config = config
+        parts = config.parts
         self.norm = nn.LayerNorm(config.dim) if config.residual else None
         self.selfmod: SelfMod | None = None
         self.cms: CMS | None = None
         self.attention: Attention | None = None
+        self.mlp: MLP | None = None
         dims = ("batch", "pos", "d_model")
         prefix = f"blocks.{index}"
         self.hook_pre = registry.add(
             f"{prefix}.hook_resid_pre", HookSpec(dims, "tick", True, "x: what enters the block")
         )
-        if config.writes:
+        if parts.mixer == "selfmod":
             self.selfmod = SelfMod(config, registry, f"{prefix}.selfmod")
-            mid = "x + selfmod(LayerNorm(x))" if config.residual else "selfmod(x)"
         else:
             self.attention = Attention(config)
-            mid = "x + attention(LayerNorm(x))"
+        mid = f"x + {parts.mixer}(LayerNorm(x))" if config.residual else f"{parts.mixer}(x)"
         self.hook_mid = registry.add(f"{prefix}.hook_resid_mid", HookSpec(dims, "tick", True, mid))
-        if config.writes:
+        post = "resid_mid"
+        if parts.channel == "cms":
             self.cms = CMS(config, index, registry)
             post = "cms(resid_mid), whose levels each add to their input"
-        else:
+        elif parts.channel == "mlp":
             self.mlp_norm = nn.LayerNorm(config.dim)
             self.mlp = MLP(config)
             post = "resid_mid + mlp(LayerNorm(resid_mid))"
         self.hook_post = registry.add(f"{prefix}.hook_resid_post", HookSpec(dims, "tick", True, post))
+
+    def written_levels(self) -> list[Level]:
+        """CMS levels that are written; all of them, or none."""
+        return self.cms.level_list() if self.cms is not None and self.config.parts.levels else []
 
     def init_state(self, batch: int) -> LayerState:
         """Fresh state of this block."""
@@ -102,17 +108,23 @@ class Block(nn.Module):
         """Read a tick; the state returned differs only in what reading itself moves (attention's cache)."""
         x = self.hook_pre(x)
         normed = x if self.norm is None else self.norm(x)
-        if self.attention is not None and state.attention is not None:
-            mixed, seen = self.attention.read(normed, state.attention, position)
-            x = self.hook_mid(x + mixed)
-            x = self.hook_post(x + self.mlp(self.mlp_norm(x)))
-            return x, _Made(None, []), state._replace(attention=seen)
-        selfmod, cms = cast(SelfMod, self.selfmod), cast(CMS, self.cms)
-        if state.selfmod is None or weights is None:
-            raise BadInputError("the state was made by another variant: it has no self-modifying memories")
-        out, generated = selfmod.read(normed, weights, state.selfmod, outer)
-        x = self.hook_mid(x + out if self.config.residual else out)
-        x, taps = cms.read(x, state.cms)
+        generated, taps = None, list[Tap]()
+        if self.selfmod is not None and weights is not None:
+            if state.selfmod is None:
+                raise BadInputError(
+                    "the state was made by another variant: it has no self-modifying memories"
+                )
+            mixed, generated = self.selfmod.read(normed, weights, state.selfmod, outer)
+        else:
+            if state.attention is None:
+                raise BadInputError("the state was made by another variant: it has no attention cache")
+            mixed, seen = cast(Attention, self.attention).read(normed, state.attention, position)
+            state = state._replace(attention=seen)
+        x = self.hook_mid(x + mixed if self.config.residual else mixed)
+        if self.cms is not None:
+            x, taps = self.cms.read(x, state.cms)
+        elif self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
         return self.hook_post(x), _Made(generated, taps), state
 
 
@@ -122,7 +134,7 @@ def _ours(state: State) -> State:
 
 
 class HopeModel(Hooked, nn.Module):
-    """A HOPE model, or the Transformer baseline, with named hook points.
+    """A HOPE model, or another variant of `variants.py`, with named hook points.
 
     `model(tokens)` scores windows; `step`, `feed` and `finalize` stream. Weights follow from `config` and `seed` alone.
 
@@ -146,7 +158,7 @@ class HopeModel(Hooked, nn.Module):
         surprise = HookSpec(("batch", "pos"), "tick", False, "s_t = CE_t = -log p(token_{t+1}), nats")
         self.hook_surprise = registry.add("hook_surprise", surprise)
         if config.writes:
-            gate = HookSpec(("batch", "pos"), "tick", True, f"g_t = [s_t > {config.surprise_threshold:g}]")
+            gate = HookSpec(("batch", "pos"), "tick", True, f"g_t = [s_t > {config.threshold:g}]")
             self.hook_gate = registry.add("hook_gate", gate)
         self._register_hooks(registry)
         self.to(dtype)
@@ -215,13 +227,14 @@ class HopeModel(Hooked, nn.Module):
         outer = torch.is_grad_enabled()
         n = x.shape[1]
         writing = config.writes and n == config.tick
-        if writing and torch.is_inference_mode_enabled():
+        inner = writing and config.parts.levels  # CMS writes take a gradient of their own
+        if inner and torch.is_inference_mode_enabled():
             raise BadInputError(
                 "CMS writes need a gradient of their own, which torch.inference_mode() forbids: use torch.no_grad()"
             )
         if config.truncate_ticks and (state.position // config.tick) % config.truncate_ticks == 0:
             state = detach_state(state)
-        reading: AbstractContextManager[object] = torch.enable_grad() if writing else nullcontext()
+        reading: AbstractContextManager[object] = torch.enable_grad() if inner else nullcontext()
         with reading:
             x = self.hook_embed(x)
             made, layers = [], []
@@ -235,7 +248,7 @@ class HopeModel(Hooked, nn.Module):
         losses = self.hook_surprise(losses)
         if config.writes:
             # A row whose tick lacks a target has ended inside it: like a stream cut there, it writes nothing more.
-            gate = self.hook_gate(surprise_gate(losses, targets >= 0, config.surprise_threshold))
+            gate = self.hook_gate(surprise_gate(losses, targets >= 0, config.threshold))
             complete = (targets >= 0).all(dim=1, keepdim=True)
             if writing:
                 layers = self._write(
@@ -259,22 +272,29 @@ class HopeModel(Hooked, nn.Module):
         """All writes of a tick; they change nothing that this tick still reads."""
         through = torch.is_grad_enabled() and self.config.write_grad == "through"
         end = state.position + gate.shape[1]
-        levels = [cast(CMS, self._block(i).cms).level_list() for i in range(len(layers))]
+        levels = [self._block(i).written_levels() for i in range(len(layers))]
         gates = [[level.hook_write_gate(gate) for level in of_block] for of_block in levels]
         inner = inner_gradients(final, grads, [m.taps for m in made], gates)
         out = []
         for i, layer in enumerate(layers):
             selfmod, weights, generated = self._block(i).selfmod, prepared[i], made[i].generated
-            if selfmod is None or layer.selfmod is None or weights is None or generated is None:
-                raise AssertionError("a writing model has self-modifying memories in every block")
-            with torch.set_grad_enabled(through):
-                fast = selfmod.write(weights, layer.selfmod, generated, gate, donated)
-            with torch.no_grad():
-                cms = tuple(
-                    level.write(held, tap, *inner[i][tap.level], end, donated)
-                    for level, held, tap in zip(levels[i], layer.cms, made[i].taps, strict=True)
-                )
-            out.append(layer._replace(selfmod=fast, cms=cms))
+            if (
+                selfmod is not None
+                and layer.selfmod is not None
+                and weights is not None
+                and generated is not None
+            ):
+                with torch.set_grad_enabled(through):
+                    fast = selfmod.write(weights, layer.selfmod, generated, gate, donated)
+                layer = layer._replace(selfmod=fast)
+            if levels[i]:
+                with torch.no_grad():
+                    cms = tuple(
+                        level.write(held, tap, *inner[i][tap.level], end, donated)
+                        for level, held, tap in zip(levels[i], layer.cms, made[i].taps, strict=True)
+                    )
+                layer = layer._replace(cms=cms)
+            out.append(layer)
         return out
 
     def _keeping(self, targets: Tensor) -> list[Kept] | None:

@@ -21,12 +21,14 @@ WRITE_GATES = "blocks.*.hook_write_gate"
 
 def write_gates(model: HopeModel) -> dict[str, str]:
     """Patterns of hook points by mechanism: `selfmod`, whose memories share a gate, `cms`, and each of its levels."""
-    if not model.config.writes:
-        return {}
-    cms = {
-        f"cms.{level.name}": f"blocks.*.cms.{level.name}.hook_write_gate" for level in model.config.cms_levels
-    }
-    return {"selfmod": "blocks.*.selfmod.hook_write_gate", "cms": "blocks.*.cms.*.hook_write_gate", **cms}
+    periods = model.config.periods
+    found = {}
+    if any(name.startswith("selfmod.") for name in periods):
+        found["selfmod"] = "blocks.*.selfmod.hook_write_gate"
+    levels = [name for name in periods if name.startswith("cms.")]
+    if levels:
+        found["cms"] = "blocks.*.cms.*.hook_write_gate"
+    return found | {name: f"blocks.*.{name}.hook_write_gate" for name in levels}
 
 
 def close(gate: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - the signature of a hook
@@ -57,7 +59,8 @@ class Watch:
         def gather(tensor: Tensor, hook: HookPoint) -> None:
             self.sums["gate" if hook.name == "hook_gate" else "alpha"].append(tensor.detach().mean())
 
-        with self.model.hooks(fwd_hooks=[(["hook_gate", "blocks.*.selfmod.hook_alpha"], gather)]):
+        names = [name for name in self.model.hook_dict if name.endswith((".hook_alpha", "hook_gate"))]
+        with self.model.hooks(fwd_hooks=[(names, gather)]):
             yield
 
     def mean(self, key: str) -> float:
@@ -75,8 +78,11 @@ def norm_ratio(model: HopeModel, state: State) -> float:
             continue
         fast, meta = 0.0 * model.embed.new_zeros(state.pending.shape[0]), 0.0 * model.embed.new_zeros(())
         for weights, group in zip(selfmod.stacked(), layer.selfmod.groups, strict=True):
+            if group is None:
+                continue
             for base, delta in zip(weights, group, strict=True):
                 fast = fast + (base + delta).square().flatten(1).sum(1)
                 meta = meta + base.square().sum()
-        ratios.append((fast / meta).sqrt().mean())
+        if meta > 0:
+            ratios.append((fast / meta).sqrt().mean())
     return float(torch.stack(ratios).mean()) if ratios else float("nan")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hopeprobe.model.attention import MLP, Attention
 from hopeprobe.model.cms import CMS
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.hope import Block, HopeModel
@@ -34,6 +35,7 @@ class LayerTrace:
     tail: Tensor  # (width - 1, d)
     cms_fast: list[dict[str, Tensor]]  # per level, full matrices "w_in" and "w_out", outside the graph
     cms_sum: list[dict[str, Tensor]]  # per level, the gradient accumulated since its last write
+    seen: list[Tensor]  # what attention has read, (d,) each
 
 
 def memory_out(w: MemoryWeights, x: Tensor) -> Tensor:
@@ -57,12 +59,12 @@ def init_trace(model: HopeModel) -> list[LayerTrace]:
     traces = []
     for module in model.blocks:
         block = cast(Block, module)
-        selfmod, cms = cast(SelfMod, block.selfmod), cast(CMS, block.cms)
-        meta = _meta(selfmod)
-        levels = [{"w_in": lv.w_in.detach(), "w_out": lv.w_out.detach()} for lv in cms.level_list()]
+        meta = _meta(block.selfmod) if block.selfmod is not None else {}
+        of_block = block.cms.level_list() if block.cms is not None else []
+        levels = [{"w_in": lv.w_in.detach(), "w_out": lv.w_out.detach()} for lv in of_block]
         tail = model.embed.new_zeros(model.config.conv_width - 1, model.config.dim)
         sums = [{k: torch.zeros_like(w) for k, w in lv.items()} for lv in levels]
-        traces.append(LayerTrace(meta, {n: dict(w) for n, w in meta.items()}, [], tail, levels, sums))
+        traces.append(LayerTrace(meta, {n: dict(w) for n, w in meta.items()}, [], tail, levels, sums, []))
     return traces
 
 
@@ -104,9 +106,11 @@ def write_chunk(
     """
     current = dict(start)
     for k, v, eta, alpha in tokens:
-        target = memory_out(start, v)  # outside the inner derivative, inside the outer one
-        if config.normalise_value and "skip" not in start:
-            target = l2norm(target)
+        target = v
+        if config.parts.memories == "all":
+            target = memory_out(start, v)  # outside the inner derivative, inside the outer one
+            if config.normalise_value and "skip" not in start:
+                target = l2norm(target)
         inner = {name: w * 1.0 for name, w in start.items()}
         loss = _objective(config, inner, k, target)
         grads = dict(
@@ -140,6 +144,40 @@ def _cms_read(cms: CMS, levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
     return torch.stack(outs, dim=-1).mul(mix[:, None, :]).sum(-1)
 
 
+def _attend(attention: Attention, trace: LayerTrace, x: Tensor) -> Tensor:
+    """Causal attention over the last `context` tokens read, a token and a head at a time."""
+    heads, width = attention.config.heads, attention.config.dim // attention.config.heads
+    out = []
+    for token in x:
+        trace.seen.append(token)
+        mixed = []
+        for head in range(heads):
+            w_q, w_k, w_v = (
+                w[head * width : (head + 1) * width] for w in attention.w_qkv.split(attention.config.dim)
+            )
+            q = _rotated(w_q @ token, len(trace.seen) - 1)
+            visible = list(enumerate(trace.seen))[-attention.config.context :]
+            scores = torch.stack([q @ _rotated(w_k @ past, at) for at, past in visible])
+            weights = torch.softmax(scores / width**0.5, dim=0)
+            mixed.append(weights @ torch.stack([w_v @ past for _, past in visible]))
+        out.append(attention.w_out @ torch.cat(mixed))
+    return torch.stack(out)
+
+
+def _rotated(x: Tensor, position: int) -> Tensor:
+    """Rotary positions: pairs (x_i, x_{i + e/2}) turned by position / 10000^(2i/e)."""
+    half = len(x) // 2
+    angle = position * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
+    a, b = x[:half], x[half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()])
+
+
+def _mlp(block: Block, x: Tensor) -> Tensor:
+    mlp = cast(MLP, block.mlp)
+    hidden = F.gelu(block.mlp_norm(x) @ mlp.w_in.mT + mlp.b_in)
+    return x + hidden @ mlp.w_out.mT + mlp.b_out
+
+
 def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[LayerTrace]]:
     """Losses (T,) of one window of T + 1 tokens from a fresh state, differentiable, and the state after it.
 
@@ -156,17 +194,23 @@ def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[Lay
         made = []
         for i in range(config.layers):
             block = cast(Block, model.blocks[i])
-            selfmod, cms = cast(SelfMod, block.selfmod), cast(CMS, block.cms)
-            out, generated = _selfmod_read(selfmod, traces[i], x if block.norm is None else block.norm(x))
+            normed, generated = x if block.norm is None else block.norm(x), list[Tensor]()
+            if block.selfmod is not None:
+                out, generated = _selfmod_read(block.selfmod, traces[i], normed)
+            else:
+                out = _attend(cast(Attention, block.attention), traces[i], normed)
             x = x + out if config.residual else out
             made.append(generated)
-            x = _cms_read(cms, seen[i], x)
+            if block.cms is not None:
+                x = _cms_read(block.cms, seen[i], x)
+            elif block.mlp is not None:
+                x = _mlp(block, x)
         tick_losses = F.cross_entropy(
             model.norm(x) @ model.embed.mT, targets[start : start + config.tick], reduction="none"
         )
         losses.append(tick_losses)
-        if len(x) == config.tick:
-            gate = (tick_losses.detach() > config.surprise_threshold).to(x.dtype)
+        if config.writes and len(x) == config.tick:
+            gate = (tick_losses.detach() > config.threshold).to(x.dtype)
             _write(model, traces, made, seen, gate, (gate * tick_losses).sum(), start + config.tick)
     return torch.cat(losses), traces
 
@@ -174,8 +218,9 @@ def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[Lay
 def _levels(
     model: HopeModel, i: int, traces: list[LayerTrace]
 ) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    cms = cast(CMS, cast(Block, model.blocks[i]).cms)
-    metas: list[dict[str, Tensor]] = [{"w_in": lv.w_in, "w_out": lv.w_out} for lv in cms.level_list()]
+    cms = cast(Block, model.blocks[i]).cms
+    of_block = cms.level_list() if cms is not None else []
+    metas: list[dict[str, Tensor]] = [{"w_in": lv.w_in, "w_out": lv.w_out} for lv in of_block]
     return list(zip(metas, traces[i].cms_fast, strict=True))
 
 
@@ -193,31 +238,43 @@ def _write(
     end: int,
 ) -> None:
     config = model.config
+    written = [name.removeprefix("selfmod.") for name in config.periods if name.startswith("selfmod.")]
     for i, trace in enumerate(traces):
-        k, v, eta, alpha = made[i]
-        if config.write_grad == "stop":
-            k, v, eta, alpha = k.detach(), v.detach(), eta.detach(), alpha.detach()
-        for t in range(len(gate)):
-            trace.waiting.append((k[t], v[t], gate[t] * eta[t], 1 - gate[t] * (1 - alpha[t])))
-        for name in trace.fast:
-            chunk = config.chunk_memory if name == "memory" else config.chunk
-            if end % chunk == 0:
-                new = write_chunk(
-                    config, trace.meta[name], trace.fast[name], trace.waiting[end - chunk : end]
-                )
-                if config.write_grad == "stop":  # reads keep following the meta weights, one to one
-                    new = {
-                        n: w.detach() + (trace.meta[name][n] - trace.meta[name][n].detach())
-                        for n, w in new.items()
-                    }
-                trace.fast[name] = new
-        cms = cast(CMS, cast(Block, model.blocks[i]).cms)
-        for level, (module, weights) in enumerate(zip(cms.level_list(), seen[i], strict=True)):
-            grads = torch.autograd.grad(gated_loss, list(weights.values()), retain_graph=True)
-            for (name, _), grad in zip(weights.items(), grads, strict=True):
-                trace.cms_sum[level][name] = trace.cms_sum[level][name] + grad
-            if end % module.spec.period == 0:
-                rate = module.spec.learning_rate / module.spec.period
-                for name, total in trace.cms_sum[level].items():
-                    trace.cms_fast[level][name] = trace.cms_fast[level][name] - rate * total
-                    trace.cms_sum[level][name] = torch.zeros_like(total)
+        if written:
+            _write_memories(config, trace, made[i], gate, written, end)
+        if config.parts.levels:
+            _write_levels(cast(CMS, cast(Block, model.blocks[i]).cms), trace, seen[i], gated_loss, end)
+
+
+def _write_memories(
+    config: ModelConfig, trace: LayerTrace, made: list[Tensor], gate: Tensor, written: list[str], end: int
+) -> None:
+    k, v, eta, alpha = made
+    if config.write_grad == "stop":
+        k, v, eta, alpha = k.detach(), v.detach(), eta.detach(), alpha.detach()
+    for t in range(len(gate)):
+        trace.waiting.append((k[t], v[t], gate[t] * eta[t], 1 - gate[t] * (1 - alpha[t])))
+    for name in written:
+        chunk = config.chunk_memory if name == "memory" else config.chunk
+        if end % chunk == 0:
+            new = write_chunk(config, trace.meta[name], trace.fast[name], trace.waiting[end - chunk : end])
+            if config.write_grad == "stop":  # reads keep following the meta weights, one to one
+                new = {
+                    n: w.detach() + (trace.meta[name][n] - trace.meta[name][n].detach())
+                    for n, w in new.items()
+                }
+            trace.fast[name] = new
+
+
+def _write_levels(
+    cms: CMS, trace: LayerTrace, seen: list[dict[str, Tensor]], gated_loss: Tensor, end: int
+) -> None:
+    for level, (module, weights) in enumerate(zip(cms.level_list(), seen, strict=True)):
+        grads = torch.autograd.grad(gated_loss, list(weights.values()), retain_graph=True)
+        for (name, _), grad in zip(weights.items(), grads, strict=True):
+            trace.cms_sum[level][name] = trace.cms_sum[level][name] + grad
+        if end % module.spec.period == 0:
+            rate = module.spec.learning_rate / module.spec.period
+            for name, total in trace.cms_sum[level].items():
+                trace.cms_fast[level][name] = trace.cms_fast[level][name] - rate * total
+                trace.cms_sum[level][name] = torch.zeros_like(total)

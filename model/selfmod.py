@@ -100,19 +100,23 @@ class SelfMod(nn.Module):
         super().__init__()
         self.config = config
         names = [n for n in MEMORIES if n != "q" or config.query == "memory"]
-        together = config.chunk == config.chunk_memory
+        which = config.parts.memories
+        self.written = tuple(n for n in names if which == "all" or (which == "memory" and n == "memory"))
+        together = which == "none" or (which == "all" and config.chunk == config.chunk_memory)
         self.group_names: tuple[tuple[str, ...], ...] = (
             (tuple(names),) if together else (tuple(names[1:]), ("memory",))
         )
-        self.group_chunks = (config.chunk,) if together else (config.chunk, config.chunk_memory)
+        # Tokens between two writes of each group, None for one that is never written.
+        chunk = config.chunk if which == "all" else None
+        self.group_chunks = (chunk,) if together else (chunk, config.chunk_memory)
         self.memories = nn.ModuleDict({n: Memory(config.dim, n in SCALAR_MEMORIES) for n in names})
         self.conv = nn.Parameter(torch.empty(config.dim, config.conv_width))
         self.w_q = nn.Parameter(torch.empty(config.dim, config.dim)) if config.query == "static" else None
         self.eta_bias = nn.Parameter(torch.empty(())) if config.eta_bias is not None else None
         self.alpha_bias = nn.Parameter(torch.empty(())) if config.alpha_bias is not None else None
-        self._add_hooks(registry, prefix, names)
+        self._add_hooks(registry, prefix)
 
-    def _add_hooks(self, registry: HookRegistry, prefix: str, names: list[str]) -> None:
+    def _add_hooks(self, registry: HookRegistry, prefix: str) -> None:
         def point(
             name: str, dims: str, equation: str, cadence: Cadence = "tick", editable: bool = True
         ) -> HookPoint:
@@ -125,9 +129,13 @@ class SelfMod(nn.Module):
         bias_eta = "" if self.eta_bias is None else " + b_eta"
         bias_alpha = "" if self.alpha_bias is None else " + b_alpha"
         self.hook_q = point("hook_q", "batch pos d_model", query)
+        self.hook_out = point("hook_out", "batch pos d_model", "y = M_memory(q)")
+        self.hook_assoc: dict[str, HookPoint] = {}
+        self.hook_fast: dict[str, dict[str, HookPoint]] = {}
+        if not self.written:
+            return
         self.hook_k = point("hook_k", "batch pos d_model", "k = l2norm(M_k(u))")
         self.hook_v = point("hook_v", "batch pos d_model", norm_v)
-        self.hook_out = point("hook_out", "batch pos d_model", "y = M_memory(q)")
         eta = f"eta = {self.config.eta_max:g} {self.config.eta_squash}(M_eta(u){bias_eta}), before the gate"
         self.hook_eta = point("hook_eta", "batch pos", eta)
         alpha = f"alpha = sigmoid(M_alpha(u){bias_alpha}), before the gate"
@@ -135,10 +143,10 @@ class SelfMod(nn.Module):
         self.hook_write_gate = point(
             "hook_write_gate", "batch pos", "g; eta <- g eta, alpha <- 1 - g (1 - alpha)"
         )
-        self.hook_assoc: dict[str, HookPoint] = {}
-        self.hook_fast: dict[str, dict[str, HookPoint]] = {}
         objective = {"half-l2": "|M(k) - vhat|^2 / 2", "l2": "|M(k) - vhat|^2", "dot": "-<M(k), vhat>"}
-        for name in names:
+        if self.config.parts.memories == "memory":
+            objective = {name: rule.replace("vhat", "v") for name, rule in objective.items()}
+        for name in self.written:
             loss = f"L = {objective[self.config.objective]} at the fast weights the tick reads"
             self.hook_assoc[name] = point(f"{name}.hook_assoc_loss", "batch pos", loss, editable=False)
             after = "after the write: W_C = gamma_C W_0 - E^T diag(gamma_C/gamma_i) K"
@@ -172,10 +180,13 @@ class SelfMod(nn.Module):
         return tuple(groups)
 
     def init_state(self, batch: int) -> SelfModState:
-        """Fresh state: fast weights equal to the meta weights (their difference is zero)."""
+        """Fresh state: fast weights equal to the meta weights (their difference is zero), none of what never writes."""
         d = self.config.dim
-        groups = []
-        for names in self.group_names:
+        groups: list[MemoryState | None] = []
+        for names, chunk in zip(self.group_names, self.group_chunks, strict=True):
+            if chunk is None:
+                groups.append(None)
+                continue
             m = len(names)
             mv = sum(n not in SCALAR_MEMORIES for n in names)
             zeros = self.conv.new_zeros
@@ -200,7 +211,9 @@ class SelfMod(nn.Module):
         window = torch.cat([state.conv_tail, x], dim=1)
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
-        fast = tuple(fast_weights(meta, group) for meta, group in zip(weights, state.groups, strict=True))
+        fast = tuple(
+            fast_weights(meta, group, len(x)) for meta, group in zip(weights, state.groups, strict=True)
+        )
         others = fast[0]
         # Besides k and v, the vector memories that are read alone: `memory` where it writes with the others, and q.
         # Taken apart by split and unbind, whose backward is one pass; a slice each would fill the whole with zeros.
@@ -214,6 +227,9 @@ class SelfMod(nn.Module):
         else:
             out = _answer(q, fast[-1].w2.squeeze(1), fast[-1].w1.squeeze(1))
         out = self.hook_out(out)
+        if not self.written:
+            nothing = x[:, :0]
+            return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast)
         with torch.set_grad_enabled(outer and torch.is_grad_enabled()):
             made = Generated(*self._generate(u, others, w2_generators, w1[-2:]), tail=tail, fast=fast)
             self._observe_losses(made)
@@ -245,11 +261,11 @@ class SelfMod(nn.Module):
         )
 
     def _observe_losses(self, made: Generated) -> None:
-        for names, fast in zip(self.group_names, made.fast, strict=True):
-            if not any(self.hook_assoc[n].active for n in names):
+        for names, fast, chunk in zip(self.group_names, made.fast, self.group_chunks, strict=True):
+            if chunk is None or not any(self.hook_assoc[n].active for n in names):
                 continue
             both = _read(torch.cat([made.k, made.v], 1), fast)
-            predicted, target, *scalars = self._predictions(both)
+            predicted, target, *scalars = self._predictions(both, made.v)
             for i, name in enumerate(names):
                 if not self.hook_assoc[name].active:
                     continue
@@ -264,10 +280,15 @@ class SelfMod(nn.Module):
             return -(predicted * target).sum(-1)
         return (0.5 if self.config.objective == "half-l2" else 1.0) * (predicted - target).square().sum(-1)
 
-    def _predictions(self, both: Reading) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """M(k) and vhat = M(v) from a reading of k and v side by side: (B, mv, C, d) twice, (B, C, m - mv) twice."""
+    def _predictions(self, both: Reading, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """M(k) and vhat = M(v) from a reading of k and v side by side: (B, mv, C, d) twice, (B, C, m - mv) twice.
+
+        Where memories do not generate their own targets, vhat is v (B, C, d) itself.
+        """
         predicted, target = both.vector.chunk(2, dim=2)
-        if self.config.normalise_value:
+        if self.config.parts.memories == "memory":
+            target = v[:, None]
+        elif self.config.normalise_value:
             target = l2norm(target)  # a scalar target keeps its size: normalised, only its sign would be left
         predicted_scalar, target_scalar = both.scalar.chunk(2, dim=1)
         return predicted, target, predicted_scalar, target_scalar
@@ -295,26 +316,32 @@ class SelfMod(nn.Module):
             gate: (B, C), range [0, 1]; 0 is an exact no-op for that token.
             donated: nobody needs `state` any more, and no graph does: it may be overwritten.
         """
+        if not self.written:
+            return state._replace(conv_tail=made.tail)
         gate = self.hook_write_gate(gate)
         eta = gate * made.eta
         retention = 1.0 - gate * (1.0 - made.alpha)
         fresh = Pending(made.k, made.v, eta, retention.clamp_min(torch.finfo(eta.dtype).tiny).log())
-        groups: list[MemoryState] = []
+        groups: list[MemoryState | None] = []
         pending: list[Pending | None] = []
-        for i, chunk in enumerate(self.group_chunks):
+        for i, (chunk, group) in enumerate(zip(self.group_chunks, state.groups, strict=True)):
+            if chunk is None or group is None:
+                groups.append(None)
+                pending.append(None)
+                continue
             held = state.pending[i]
             tokens = (
                 fresh if held is None else Pending(*(torch.cat(p, 1) for p in zip(held, fresh, strict=True)))
             )
             if tokens.k.shape[1] < chunk:
-                groups.append(state.groups[i])
+                groups.append(group)
                 pending.append(tokens)
                 continue
             if not gate.is_cuda and not bool(tokens.eta.any()) and not bool(tokens.log_alpha.any()):
-                groups.append(state.groups[i])  # every gate closed: exactly nothing, and no work
+                groups.append(group)  # every gate closed: exactly nothing, and no work
                 pending.append(None)
                 continue
-            written = self._write_group(weights[i], state.groups[i], made.fast[i], tokens, donated)
+            written = self._write_group(weights[i], group, made.fast[i], tokens, donated)
             groups.append(self._fire_fast(self.group_names[i], weights[i], written))
             pending.append(None)
         return SelfModState(tuple(groups), tuple(pending), made.tail)
@@ -324,7 +351,7 @@ class SelfMod(nn.Module):
     ) -> MemoryState:
         k, v, eta, log_alpha = tokens
         both = _read(torch.cat([k, v], 1), fast)
-        predicted, target, predicted_scalar, target_scalar = self._predictions(both)
+        predicted, target, predicted_scalar, target_scalar = self._predictions(both, v)
         slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
         pre, hidden = both.pre.chunk(2, dim=1)[0], both.hidden.chunk(2, dim=1)[0]
         sizes = [slope.shape[1], slope_scalar.shape[2]]
@@ -401,6 +428,8 @@ class SelfMod(nn.Module):
         )
 
 
-def fast_weights(meta: Weights, state: MemoryState) -> Weights:
-    """The weights a stream reads with: meta weights plus its own difference, (B, ...) each."""
+def fast_weights(meta: Weights, state: MemoryState | None, batch: int) -> Weights:
+    """The weights a stream reads with, (B, ...) each: meta weights plus its own difference, if they are written."""
+    if state is None:
+        return Weights(*(base.expand(batch, *base.shape) for base in meta))
     return Weights(*(base + delta for base, delta in zip(meta, state, strict=True)))

@@ -36,7 +36,7 @@ class MemoryState(NamedTuple):
 class SelfModState(NamedTuple):
     """State of one self-modifying layer."""
 
-    groups: tuple[MemoryState, ...]
+    groups: tuple[MemoryState | None, ...]  # None for one that is never written
     pending: tuple[Pending | None, ...]  # a group that writes every tick has none
     conv_tail: Tensor  # (B, width - 1, d)
 

@@ -92,12 +92,7 @@ class HopeSubject(Subject):
 
     def write_periods(self) -> Mapping[str, int]:
         """Tokens between two writes, by mechanism."""
-        config = self.module.config
-        if not config.writes:
-            return {}
-        names = list(cast(SelfMod, self._block(0).selfmod).memories)
-        periods = {f"selfmod.{n}": config.chunk_memory if n == "memory" else config.chunk for n in names}
-        return periods | {f"cms.{level.name}": level.period for level in config.cms_levels}
+        return self.module.config.periods
 
     def decay_target(self) -> Mapping[str, Literal["init", "zero"]]:
         """What the memories decay towards; CMS levels do not decay."""
@@ -112,16 +107,16 @@ class HopeSubject(Subject):
         out: dict[str, Tensor] = {}
         for i in range(self.module.config.layers):
             block = self._block(i)
-            if block.selfmod is None or block.cms is None:
-                raise self._missing("fast weights")
-            for name, module in block.selfmod.memories.items():
-                memory = cast(Memory, module)
+            for name in block.selfmod.written if block.selfmod else ():
+                memory = cast(Memory, cast(SelfMod, block.selfmod).memories[name])
                 weights = {"w1": memory.w1, "w2": memory.w2, "skip": memory.skip}
                 prefix = f"blocks.{i}.selfmod.{name}.hook_fast_"
                 out |= {prefix + k: w.detach() for k, w in weights.items() if w is not None}
-            for level in block.cms.level_list():
+            for level in block.written_levels():
                 prefix = f"blocks.{i}.cms.{level.spec.name}.hook_fast_"
                 out |= {prefix + "in": level.w_in.detach(), prefix + "out": level.w_out.detach()}
+        if not out:
+            raise self._missing("fast weights")
         return out
 
     def parameter_groups(self) -> Mapping[str, Mapping[str, Tensor]]:

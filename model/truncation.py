@@ -33,8 +33,10 @@ def graph_bytes(config: ModelConfig, batch: int) -> int:
     if not config.writes:
         return 0
     d = config.dim
-    memories = 2 * (6 + 4) * d * d
-    cms = sum(2 * config.cms_multiplier * d * d * config.tick / level.period for level in config.cms_levels)
+    written = {"all": 6 + 4, "memory": 2, "none": 0}[config.parts.memories]
+    memories = 2 * written * d * d
+    levels = config.levels if config.parts.levels else ()
+    cms = sum(2 * config.cms_multiplier * d * d * config.tick / level.period for level in levels)
     return int(4 * batch * config.layers * _ticks(config) * (memories + cms))
 
 

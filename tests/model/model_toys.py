@@ -3,6 +3,7 @@
 import dataclasses
 
 from hopeprobe.model.config import CMSLevel, ModelConfig, published
+from hopeprobe.model.variants import VARIANTS
 
 TOY = ModelConfig(vocab_size=37, dim=8, layers=2, context=64, heads=2, embed_std=0.5)
 
@@ -19,4 +20,9 @@ CONFIGS = {
     "decay-to-zero": dataclasses.replace(TOY, decay_target="zero"),
     "stop": dataclasses.replace(TOY, write_grad="stop"),
     "selective-gate": dataclasses.replace(TOY, surprise_threshold=3.6),
+    **{
+        variant: dataclasses.replace(TOY, variant=variant)
+        for variant in VARIANTS
+        if variant not in ("full", "transformer-matched")  # the default; another size of `transformer`
+    },
 }

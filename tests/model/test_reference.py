@@ -29,9 +29,12 @@ def test_state(model, tokens):
         state = model(tokens[:1]).state
     _, traces = reference_losses(model, tokens[0])
     for block, layer, trace in zip(model.blocks, state.layers, traces, strict=True):
-        for names, meta, group in zip(
-            block.selfmod.group_names, block.selfmod.stacked(), layer.selfmod.groups, strict=True
-        ):
+        selfmod = block.selfmod
+        groups = (selfmod.group_names, selfmod.stacked(), layer.selfmod.groups) if selfmod else ((), (), ())
+        for names, meta, group in zip(*groups, strict=True):
+            if group is None:
+                assert all(trace.fast[n][w] is trace.meta[n][w] for n in names for w in trace.meta[n])
+                continue
             vectors = [n for n in names if n not in ("eta", "alpha")]
             for i, name in enumerate(names):
                 full = meta.w2[i] + group.w2[0, i]
@@ -43,7 +46,8 @@ def test_state(model, tokens):
                     else (meta.w1_scalar[j] + group.w1_scalar[0, j])[None]
                 )
                 assert torch.allclose(w1, trace.fast[name]["w1"], rtol=0, atol=1e-12), name
-        for level, held, fast in zip(block.cms.level_list(), layer.cms, trace.cms_fast, strict=True):
+        levels = block.cms.level_list() if block.cms else []
+        for level, held, fast in zip(levels, layer.cms, trace.cms_fast, strict=True):
             assert torch.allclose(level.w_in + held.w_in[0], fast["w_in"], rtol=0, atol=1e-12)
             assert torch.allclose(level.w_out + held.w_out[0], fast["w_out"], rtol=0, atol=1e-12)
 

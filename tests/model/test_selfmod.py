@@ -241,7 +241,7 @@ def test_stacking_keeps_every_memory_where_it_belongs(name):
                 assert torch.equal(w.skip[i - len(vectors)][None], memory.skip)
     fresh = selfmod.init_state(3)
     for w, group in zip(selfmod.stacked(), fresh.groups, strict=True):
-        for meta, full in zip(w, fast_weights(w, group), strict=True):
+        for meta, full in zip(w, fast_weights(w, group, 3), strict=True):
             assert torch.equal(full, meta.expand(3, *meta.shape))
 
 
