@@ -208,7 +208,7 @@ PRESETS: dict[str, ModelConfig] = {
     "scaled": ModelConfig(dim=512, layers=8, context=512, heads=8),
 }
 
-#: Sizes of `transformer-matched`: at `scaled` the study's; else as wide as `full`, with as many layers as give its size.
+#: Sizes of `transformer-matched`: at `scaled` the study's; else the width of `full`, and as many layers as match it.
 MATCHED: dict[str, dict[str, int]] = {
     "tiny": {"dim": 64, "layers": 4, "heads": 2},
     "small": {"dim": 256, "layers": 13, "heads": 4},
