@@ -35,7 +35,9 @@ class LayerTrace:
     tail: Tensor  # (width - 1, d)
     cms_fast: list[dict[str, Tensor]]  # per level, full matrices "w_in" and "w_out", outside the graph
     cms_sum: list[dict[str, Tensor]]  # per level, the gradient accumulated since its last write
-    seen: list[Tensor]  # what attention has read, (d,) each
+    seen: list[
+        tuple[list[Tensor], list[Tensor]]
+    ]  # keys, turned by their position, and values of each head, (d / heads,)
 
 
 def memory_out(w: MemoryWeights, x: Tensor) -> Tensor:
@@ -149,17 +151,16 @@ def _attend(attention: Attention, trace: LayerTrace, x: Tensor) -> Tensor:
     heads, width = attention.config.heads, attention.config.dim // attention.config.heads
     out = []
     for token in x:
-        trace.seen.append(token)
+        position = len(trace.seen)
+        of_token = (attention.w_qkv @ token).view(3, heads, width)
+        q, k = ([_rotated(row, position) for row in rows] for rows in of_token[:2])
+        trace.seen.append((k, list(of_token[2])))
+        visible = trace.seen[-attention.config.context :]
         mixed = []
         for head in range(heads):
-            w_q, w_k, w_v = (
-                w[head * width : (head + 1) * width] for w in attention.w_qkv.split(attention.config.dim)
-            )
-            q = _rotated(w_q @ token, len(trace.seen) - 1)
-            visible = list(enumerate(trace.seen))[-attention.config.context :]
-            scores = torch.stack([q @ _rotated(w_k @ past, at) for at, past in visible])
+            scores = torch.stack([q[head] @ keys[head] for keys, _ in visible])
             weights = torch.softmax(scores / width**0.5, dim=0)
-            mixed.append(weights @ torch.stack([w_v @ past for _, past in visible]))
+            mixed.append(weights @ torch.stack([values[head] for _, values in visible]))
         out.append(attention.w_out @ torch.cat(mixed))
     return torch.stack(out)
 
