@@ -52,8 +52,9 @@ def show_probes() -> None:
 
 def show_params() -> None:
     """Print parameter counts, embedding and rest, of each preset and variant."""
-    from hopeprobe.model.config import PRESETS, VARIANTS, preset
+    from hopeprobe.model.config import PRESETS, preset
     from hopeprobe.model.hope import HopeModel
+    from hopeprobe.model.variants import VARIANTS
 
     table = Table(title="parameters (embedding tied to the head)", title_justify="left")
     for column in ("preset", "variant", "dim", "layers", "context"):

@@ -209,11 +209,7 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 #: Sizes of `transformer-matched`: at `scaled` the study's; else the width of `full`, and as many layers as match it.
-MATCHED: dict[str, dict[str, int]] = {
-    "tiny": {"dim": 64, "layers": 4, "heads": 2},
-    "small": {"dim": 256, "layers": 13, "heads": 4},
-    "scaled": {"dim": 768, "layers": 6, "heads": 12},
-}
+MATCHED = {"tiny": (64, 4, 2), "small": (256, 13, 4), "scaled": (768, 6, 12)}  # dim, layers, heads
 
 #: AdamW's learning rate where a preset wants another than the study's 3e-4.
 PRESET_LEARNING_RATE = {"tiny": 3e-3}
@@ -223,8 +219,11 @@ def preset(name: str, variant: str = "full") -> ModelConfig:
     """The configuration of a preset in a variant; `BadInputError` offers near names for an unknown one."""
     _check_choice("preset", name, tuple(PRESETS))
     _check_choice("variant", variant, tuple(VARIANTS))
-    sizes = MATCHED[name] if variant == "transformer-matched" else {}
-    return dataclasses.replace(PRESETS[name], variant=variant, **sizes)
+    config = dataclasses.replace(PRESETS[name], variant=variant)
+    if variant != "transformer-matched":
+        return config
+    dim, layers, heads = MATCHED[name]
+    return dataclasses.replace(config, dim=dim, layers=layers, heads=heads)
 
 
 def published(config: ModelConfig) -> ModelConfig:

@@ -22,7 +22,8 @@ from hopeprobe.model.gate import surprise_gate
 from hopeprobe.model.init import initialise
 from hopeprobe.model.inner import inner_gradients
 from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, score
-from hopeprobe.model.selfmod import Generated, SelfMod, Weights
+from hopeprobe.model.memories import Generated, Weights
+from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.state import LayerState, State, detach_state, map_state
 
 

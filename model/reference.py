@@ -18,7 +18,8 @@ from hopeprobe.model.attention import MLP, Attention
 from hopeprobe.model.cms import CMS
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.hope import Block, HopeModel
-from hopeprobe.model.selfmod import Memory, SelfMod, l2norm
+from hopeprobe.model.memories import Memory, l2norm
+from hopeprobe.model.selfmod import SelfMod
 
 MemoryWeights = dict[str, Tensor]  # "w1" (out, h), "w2" (h, d), and "skip" (1, d) where out is 1
 

@@ -1,12 +1,12 @@
 """The self-modifying Titans layer: six memories that generate their own keys, values, learning rates and retention.
 
-Source: "Nested Learning" (arXiv 2512.24695, section 8), the study's six memories (M_q among them). Each memory is
-M(x) = skip(x) + W1 gelu(W2 x); skip is the identity where in = out and a projection where out = 1 (eta, alpha).
+Source: "Nested Learning" (arXiv 2512.24695, section 8), the study's six memories (M_q among them); `memories.py` says
+what one of them is.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,78 +15,20 @@ from torch import Tensor, nn
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import MEMORIES, SCALAR_MEMORIES, ModelConfig
+from hopeprobe.model.memories import (
+    Generated,
+    Memory,
+    Reading,
+    Weights,
+    answer,
+    fast_weights,
+    l2norm,
+    read_group,
+    repeated,
+    rows_times,
+)
 from hopeprobe.model.state import MemoryState, Pending, SelfModState
 from hopeprobe.model.write import chunk_decay, gelu_slope, solve_errors
-
-#: Guards the division in l2norm; the public reproduction uses the same value.
-NORM_EPS = 1e-6
-
-
-def l2norm(x: Tensor) -> Tensor:
-    """X / max(|x|, 1e-6) over the last dimension."""
-    return F.normalize(x, dim=-1, eps=NORM_EPS)
-
-
-class Memory(nn.Module):
-    """Meta weights of one memory: what its fast weights start from and, by default, decay towards."""
-
-    def __init__(self, dim: int, scalar: bool) -> None:
-        super().__init__()
-        out = 1 if scalar else dim
-        self.w2 = nn.Parameter(torch.empty(dim, dim))  # (h, d), h = d
-        self.w1 = nn.Parameter(torch.empty(out, dim))  # (out, h)
-        self.skip = nn.Parameter(torch.empty(1, dim)) if scalar else None  # (1, d); None: the identity
-
-
-class Weights(NamedTuple):
-    """Weights of a group of m memories, mv of them with vector output; with a leading batch when they are fast."""
-
-    w2: Tensor  # (m, h, d)
-    w1: Tensor  # (mv, d, h)
-    w1_scalar: Tensor  # (m - mv, h)
-    skip: Tensor  # (m - mv, d)
-
-
-class Reading(NamedTuple):
-    """What a group of memories answers to n inputs."""
-
-    pre: Tensor  # (B, n, m, h): W2 x
-    hidden: Tensor  # (B, n, m, h): gelu of it
-    vector: Tensor  # (B, mv, n, d)
-    scalar: Tensor  # (B, n, m - mv)
-
-
-class Generated(NamedTuple):
-    """What reading a tick leaves for its write: k, v, eta, alpha before any gate, and the weights it read with."""
-
-    k: Tensor  # (B, C, d), unit norm
-    v: Tensor  # (B, C, d), unit norm where `normalise_value`
-    eta: Tensor  # (B, C), > 0
-    alpha: Tensor  # (B, C), range (0, 1): retention
-    tail: Tensor  # (B, width - 1, d): the convolution's next tail
-    fast: tuple[Weights, ...]  # of each group, (B, ...)
-
-
-def _rows_times(x: Tensor, w: Tensor) -> Tensor:
-    """X W^T of few rows (B, 8, d) and tall matrices (B, out, d): half the time of `x @ w.mT`; from 16 rows on, more."""
-    return (w @ x.mT).mT.contiguous()
-
-
-def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
-    """M(x) of one vector memory, (B, n, d); its weights (B, h, d) and (B, d, h)."""
-    return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
-
-
-def _read(x: Tensor, w: Weights) -> Reading:
-    batch, n, _ = x.shape
-    m, h = w.w2.shape[1:3]
-    n_vector = w.w1.shape[1]
-    pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
-    hidden = F.gelu(pre)
-    of_vectors, of_scalars = hidden.split_with_sizes([n_vector, m - n_vector], dim=2)
-    vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
-    scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
-    return Reading(pre, hidden, vector, scalar)
 
 
 class SelfMod(nn.Module):
@@ -212,7 +154,8 @@ class SelfMod(nn.Module):
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         fast = tuple(
-            fast_weights(meta, group, len(x)) for meta, group in zip(weights, state.groups, strict=True)
+            repeated(meta, len(x)) if group is None else fast_weights(meta, group)
+            for meta, group in zip(weights, state.groups, strict=True)
         )
         others = fast[0]
         # Besides k and v, the vector memories that are read alone: `memory` where it writes with the others, and q.
@@ -220,12 +163,12 @@ class SelfMod(nn.Module):
         alone = others.w1.shape[1] - 2
         *w2_alone, w2_generators = others.w2.split_with_sizes([1] * alone + [4], dim=1)
         w1 = others.w1.unbind(1)
-        q = _answer(u, w2_alone[-1].squeeze(1), w1[alone - 1]) if self.w_q is None else u @ self.w_q.mT
+        q = answer(u, w2_alone[-1].squeeze(1), w1[alone - 1]) if self.w_q is None else u @ self.w_q.mT
         q = self.hook_q(l2norm(q))
         if len(fast) == 1:
-            out = _answer(q, w2_alone[0].squeeze(1), w1[0])
+            out = answer(q, w2_alone[0].squeeze(1), w1[0])
         else:
-            out = _answer(q, fast[-1].w2.squeeze(1), fast[-1].w1.squeeze(1))
+            out = answer(q, fast[-1].w2.squeeze(1), fast[-1].w1.squeeze(1))
         out = self.hook_out(out)
         if not self.written:
             nothing = x[:, :0]
@@ -240,7 +183,7 @@ class SelfMod(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, eta and alpha: `w2` (B, 4, h, d) of these four, `w1` (B, d, h) of k and of v."""
         batch, n, d = u.shape
-        hidden = F.gelu(_rows_times(u, w2.flatten(1, 2)).view(batch, n, 4, d))
+        hidden = F.gelu(rows_times(u, w2.flatten(1, 2)).view(batch, n, 4, d))
         hidden_k, hidden_v, hidden_scalar = hidden.split_with_sizes([1, 1, 2], dim=2)
         k = torch.baddbmm(u, hidden_k.squeeze(2), w1[0].mT)
         v = torch.baddbmm(u, hidden_v.squeeze(2), w1[1].mT)
@@ -264,7 +207,7 @@ class SelfMod(nn.Module):
         for names, fast, chunk in zip(self.group_names, made.fast, self.group_chunks, strict=True):
             if chunk is None or not any(self.hook_assoc[n].active for n in names):
                 continue
-            both = _read(torch.cat([made.k, made.v], 1), fast)
+            both = read_group(torch.cat([made.k, made.v], 1), fast)
             predicted, target, *scalars = self._predictions(both, made.v)
             for i, name in enumerate(names):
                 if not self.hook_assoc[name].active:
@@ -350,7 +293,7 @@ class SelfMod(nn.Module):
         self, meta: Weights, state: MemoryState, fast: Weights, tokens: Pending, donated: bool
     ) -> MemoryState:
         k, v, eta, log_alpha = tokens
-        both = _read(torch.cat([k, v], 1), fast)
+        both = read_group(torch.cat([k, v], 1), fast)
         predicted, target, predicted_scalar, target_scalar = self._predictions(both, v)
         slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
         pre, hidden = both.pre.chunk(2, dim=1)[0], both.hidden.chunk(2, dim=1)[0]
@@ -426,10 +369,3 @@ class SelfMod(nn.Module):
         return MemoryState(
             *(torch.stack(p, 1) if p else t for p, t in zip(parts.values(), state, strict=True))
         )
-
-
-def fast_weights(meta: Weights, state: MemoryState | None, batch: int) -> Weights:
-    """The weights a stream reads with, (B, ...) each: meta weights plus its own difference, if they are written."""
-    if state is None:
-        return Weights(*(base.expand(batch, *base.shape) for base in meta))
-    return Weights(*(base + delta for base, delta in zip(meta, state, strict=True)))

@@ -16,7 +16,8 @@ from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_chec
 from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import close, freeze_hooks, write_gates
-from hopeprobe.model.selfmod import Memory, SelfMod
+from hopeprobe.model.memories import Memory
+from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.state import Change, State, average_rows, map_state, select_rows
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
 

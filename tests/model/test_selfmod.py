@@ -12,8 +12,8 @@ from scipy.special import erf, expit
 
 from hopeprobe.model.config import MEMORIES, SCALAR_MEMORIES
 from hopeprobe.model.hope import HopeModel
+from hopeprobe.model.memories import fast_weights, l2norm
 from hopeprobe.model.reference import write_chunk
-from hopeprobe.model.selfmod import fast_weights, l2norm
 
 B, T = 2, 32
 TOKENS = torch.randint(0, 37, (B, T + 1), generator=torch.Generator().manual_seed(0))
@@ -241,7 +241,7 @@ def test_stacking_keeps_every_memory_where_it_belongs(name):
                 assert torch.equal(w.skip[i - len(vectors)][None], memory.skip)
     fresh = selfmod.init_state(3)
     for w, group in zip(selfmod.stacked(), fresh.groups, strict=True):
-        for meta, full in zip(w, fast_weights(w, group, 3), strict=True):
+        for meta, full in zip(w, fast_weights(w, group), strict=True):
             assert torch.equal(full, meta.expand(3, *meta.shape))
 
 

@@ -41,7 +41,7 @@ def stream(ours, x):
     """Read and write in ticks of 8: the outputs, and the fast weights by memory."""
     import torch
 
-    from hopeprobe.model.selfmod import fast_weights
+    from hopeprobe.model.memories import fast_weights
 
     weights, state, outputs = ours.stacked(), ours.init_state(len(x)), []
     for at in range(0, x.shape[1], 8):

@@ -1,0 +1,96 @@
+"""One memory's meta weights, weights of several at once, and how they answer.
+
+A memory is M(x) = skip(x) + W1 gelu(W2 x); skip is the identity where in = out and a projection where out = 1 (eta,
+alpha). Source: "Nested Learning" (arXiv 2512.24695, section 8).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hopeprobe.model.state import MemoryState
+
+#: Guards the division in l2norm; the public reproduction uses the same value.
+NORM_EPS = 1e-6
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """X / max(|x|, 1e-6) over the last dimension."""
+    return F.normalize(x, dim=-1, eps=NORM_EPS)
+
+
+class Memory(nn.Module):
+    """Meta weights of one memory: what its fast weights start from and, by default, decay towards."""
+
+    def __init__(self, dim: int, scalar: bool) -> None:
+        super().__init__()
+        out = 1 if scalar else dim
+        self.w2 = nn.Parameter(torch.empty(dim, dim))  # (h, d), h = d
+        self.w1 = nn.Parameter(torch.empty(out, dim))  # (out, h)
+        self.skip = nn.Parameter(torch.empty(1, dim)) if scalar else None  # (1, d); None: the identity
+
+
+class Weights(NamedTuple):
+    """Weights of a group of m memories, mv of them with vector output; with a leading batch when they are fast."""
+
+    w2: Tensor  # (m, h, d)
+    w1: Tensor  # (mv, d, h)
+    w1_scalar: Tensor  # (m - mv, h)
+    skip: Tensor  # (m - mv, d)
+
+
+class Reading(NamedTuple):
+    """What a group of memories answers to n inputs."""
+
+    pre: Tensor  # (B, n, m, h): W2 x
+    hidden: Tensor  # (B, n, m, h): gelu of it
+    vector: Tensor  # (B, mv, n, d)
+    scalar: Tensor  # (B, n, m - mv)
+
+
+class Generated(NamedTuple):
+    """What reading a tick leaves for its write: k, v, eta, alpha before any gate, and the weights it read with."""
+
+    k: Tensor  # (B, C, d), unit norm
+    v: Tensor  # (B, C, d), unit norm where `normalise_value`
+    eta: Tensor  # (B, C), > 0
+    alpha: Tensor  # (B, C), range (0, 1): retention
+    tail: Tensor  # (B, width - 1, d): the convolution's next tail
+    fast: tuple[Weights, ...]  # of each group, (B, ...)
+
+
+def rows_times(x: Tensor, w: Tensor) -> Tensor:
+    """X W^T of few rows (B, 8, d) and tall matrices (B, out, d): half the time of `x @ w.mT`; from 16 rows on, more."""
+    return (w @ x.mT).mT.contiguous()
+
+
+def answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
+    """M(x) of one vector memory, (B, n, d); its weights (B, h, d) and (B, d, h)."""
+    return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
+
+
+def read_group(x: Tensor, w: Weights) -> Reading:
+    """Every memory of a group at n inputs (B, n, d); its weights with a leading batch."""
+    batch, n, _ = x.shape
+    m, h = w.w2.shape[1:3]
+    n_vector = w.w1.shape[1]
+    pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
+    hidden = F.gelu(pre)
+    of_vectors, of_scalars = hidden.split_with_sizes([n_vector, m - n_vector], dim=2)
+    vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
+    scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
+    return Reading(pre, hidden, vector, scalar)
+
+
+def fast_weights(meta: Weights, state: MemoryState) -> Weights:
+    """The weights a stream reads with: meta weights plus its own difference, (B, ...) each."""
+    return Weights(*(base + delta for base, delta in zip(meta, state, strict=True)))
+
+
+def repeated(meta: Weights, batch: int) -> Weights:
+    """The same for memories that are never written: meta weights, for each of the batch, without a copy."""
+    return Weights(*(base.expand(batch, *base.shape) for base in meta))

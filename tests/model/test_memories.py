@@ -1,0 +1,54 @@
+"""What memories answer, against NumPy memory by memory, and weights that are never written."""
+
+import numpy as np
+import torch
+from model_toys import TOY
+from scipy.special import erf
+
+from hopeprobe.model.config import MEMORIES
+from hopeprobe.model.hope import HopeModel
+from hopeprobe.model.memories import answer, fast_weights, l2norm, read_group, repeated, rows_times
+
+
+def gelu(x):
+    return 0.5 * x * (1 + erf(x / np.sqrt(2)))
+
+
+def test_a_group_answers_as_its_memories_do():
+    selfmod = HopeModel(TOY, seed=1, dtype=torch.float64).blocks[0].selfmod
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (meta,) = selfmod.stacked()
+    with torch.no_grad():
+        found = read_group(x, repeated(meta, 3))
+    for i, name in enumerate(MEMORIES):
+        memory = selfmod.memories[name]
+        w1, w2 = (w.detach().numpy() for w in (memory.w1, memory.w2))
+        hidden = gelu(x.numpy() @ w2.T)
+        np.testing.assert_allclose(found.hidden[:, :, i], hidden, atol=1e-14)
+        if memory.skip is None:
+            np.testing.assert_allclose(found.vector[:, i], x.numpy() + hidden @ w1.T, atol=1e-14)
+            alone = answer(x, memory.w2.expand(3, 8, 8), memory.w1.expand(3, 8, 8)).detach()
+            np.testing.assert_allclose(alone, found.vector[:, i], atol=1e-14)
+        else:
+            expected = x.numpy() @ memory.skip.detach().numpy().T + hidden @ w1.T
+            np.testing.assert_allclose(found.scalar[..., i - 4], expected[..., 0], atol=1e-14)
+
+
+def test_weights_that_are_never_written_are_those_of_a_fresh_state_without_a_copy():
+    model = HopeModel(TOY, seed=1)
+    selfmod = model.blocks[0].selfmod
+    for meta, group in zip(selfmod.stacked(), selfmod.init_state(4).groups, strict=True):
+        still = repeated(meta, 4)
+        assert all(torch.equal(a, b) for a, b in zip(still, fast_weights(meta, group), strict=True))
+        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(still, meta, strict=True))
+
+
+def test_few_rows_times_tall_matrices():
+    x, w = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 7, 4, dtype=torch.float64)
+    torch.testing.assert_close(rows_times(x, w), x @ w.mT)
+    assert rows_times(x, w).is_contiguous()
+
+
+def test_l2norm_of_nothing_is_nothing():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    torch.testing.assert_close(l2norm(x), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
