@@ -1,4 +1,4 @@
-"""Causal attention block of the Transformer baseline: pre-norm, rotary positions, scaled dot products by PyTorch."""
+"""Causal attention, of the Transformer baseline and others: rotary positions, scaled dot products by PyTorch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def rotate(x: Tensor, start: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head causal self-attention over this tick and what the state still holds of earlier ones."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int) -> None:
         super().__init__()
         self.config = config
+        self.window = window  # tokens that each position sees, itself included
         d = config.dim
         self.w_qkv = nn.Parameter(torch.empty(3 * d, d))
         self.w_out = nn.Parameter(torch.empty(d, d))
@@ -39,7 +40,7 @@ class Attention(nn.Module):
         return AttentionState(empty, empty)
 
     def read(self, x: Tensor, state: AttentionState, position: int) -> tuple[Tensor, AttentionState]:
-        """(B, n, d) at positions position .. position + n - 1: the output, and the last `context` keys and values."""
+        """(B, n, d) at positions position .. position + n - 1: the output, and the last `window` keys and values."""
         batch, n, d = x.shape
         heads = self.config.heads
         q, k, v = F.linear(x, self.w_qkv).view(batch, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
@@ -47,12 +48,12 @@ class Attention(nn.Module):
         k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
         past = k.shape[2] - n
         mask = None
-        if past:
+        if past or n > self.window:
             ages = torch.arange(n, device=x.device)[:, None] + past - torch.arange(past + n, device=x.device)
-            mask = (ages >= 0) & (ages < self.config.context)
+            mask = (ages >= 0) & (ages < self.window)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         out = F.linear(mixed.transpose(1, 2).reshape(batch, n, d), self.w_out)
-        keep = max(0, k.shape[2] - self.config.context)
+        keep = max(0, k.shape[2] - self.window)
         return out, AttentionState(k[:, :, keep:], v[:, :, keep:])
 
 

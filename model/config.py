@@ -99,6 +99,12 @@ class ModelConfig:
     cms_mode: Literal["gated", "chain"] = "gated"
     cms_multiplier: int = 4  # hidden width of a level, in units of d
 
+    # Titans
+    titans_form: Literal["gate", "layer"] = (
+        "gate"  # the memory gates attention, or is a layer of its own (LMM)
+    )
+    window: int = 64  # tokens that a Titans layer's attention sees
+
     # Gate, embedding, blocks
     surprise_threshold: float = 0.02  # tau in nats: a token is written when its cross-entropy exceeds it
     embed_std: float = 0.02
@@ -117,6 +123,7 @@ class ModelConfig:
             vocab_size=self.vocab_size, dim=self.dim, layers=self.layers, context=self.context, chunk=self.chunk,
             chunk_memory=self.chunk_memory, conv_width=self.conv_width, truncate_ticks=self.truncate_ticks,
             cms_multiplier=self.cms_multiplier, heads=self.heads, mlp_multiplier=self.mlp_multiplier,
+            window=self.window,
         )  # fmt: skip
         _check_choice("variant", self.variant, tuple(VARIANTS))
         _check_choice("query", self.query, ("memory", "static"))
@@ -125,11 +132,12 @@ class ModelConfig:
         _check_choice("decay_target", self.decay_target, ("init", "zero"))
         _check_choice("write_grad", self.write_grad, ("through", "stop"))
         _check_choice("cms_mode", self.cms_mode, ("gated", "chain"))
+        _check_choice("titans_form", self.titans_form, ("gate", "layer"))
         _check_positive(
             vocab_size=self.vocab_size, dim=self.dim, layers=self.layers, context=self.context, chunk=self.chunk,
             chunk_memory=self.chunk_memory, conv_width=self.conv_width, eta_max=self.eta_max,
             cms_multiplier=self.cms_multiplier, embed_std=self.embed_std, heads=self.heads,
-            mlp_multiplier=self.mlp_multiplier,
+            mlp_multiplier=self.mlp_multiplier, window=self.window,
         )  # fmt: skip
         if self.truncate_ticks < 0:
             raise BadInputError(f"truncate_ticks is {self.truncate_ticks}, must be 0 (never) or more")
@@ -138,7 +146,7 @@ class ModelConfig:
         names = [lv.name for lv in self.cms_levels]
         if len(set(names)) != len(names):
             raise BadInputError(f"CMS level names repeat: {', '.join(names)}")
-        if self.parts.mixer == "attention" and self.dim % (2 * self.heads):
+        if self.attends and self.dim % (2 * self.heads):
             raise BadInputError(
                 f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
             )
@@ -147,6 +155,12 @@ class ModelConfig:
     def parts(self) -> Parts:
         """What the variant is made of."""
         return VARIANTS[self.variant]
+
+    @property
+    def attends(self) -> bool:
+        """Is there attention."""
+        parts = self.parts
+        return parts.mixer == "attention" or (parts.mixer == "titans" and self.titans_form == "gate")
 
     @property
     def levels(self) -> tuple[CMSLevel, ...]:
@@ -170,12 +184,13 @@ class ModelConfig:
 
     @property
     def periods(self) -> dict[str, int]:
-        """Tokens between two writes of what is written: `selfmod.{memory}`, `cms.{level}`."""
+        """Tokens between two writes of what is written: `selfmod.{memory}`, `cms.{level}`, `titans.memory`."""
         names = [name for name in MEMORIES if name != "q" or self.query == "memory"]
         written = {"all": names, "memory": ["memory"], "none": []}[self.parts.memories]
         found = {f"selfmod.{n}": self.chunk_memory if n == "memory" else self.chunk for n in written}
         levels = self.levels if self.parts.levels else ()
-        return found | {f"cms.{level.name}": level.period for level in levels}
+        found |= {f"cms.{level.name}": level.period for level in levels}
+        return found | ({"titans.memory": self.chunk_memory} if self.parts.mixer == "titans" else {})
 
     @property
     def tick(self) -> int:

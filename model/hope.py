@@ -25,6 +25,7 @@ from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable,
 from hopeprobe.model.memories import Generated, Weights
 from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.state import LayerState, State, detach_state, map_state
+from hopeprobe.model.titans import Made, Titans
 
 
 class Output(NamedTuple):
@@ -40,6 +41,7 @@ class _Made(NamedTuple):
 
     generated: Generated | None
     taps: list[Tap]
+    titans: Made | None
 
 
 class _Tick(NamedTuple):
@@ -65,6 +67,7 @@ class Block(nn.Module):
         self.cms: CMS | None = None
         self.attention: Attention | None = None
         self.mlp: MLP | None = None
+        self.titans: Titans | None = None
         dims = ("batch", "pos", "d_model")
         prefix = f"blocks.{index}"
         self.hook_pre = registry.add(
@@ -72,8 +75,10 @@ class Block(nn.Module):
         )
         if parts.mixer == "selfmod":
             self.selfmod = SelfMod(config, registry, f"{prefix}.selfmod")
+        elif parts.mixer == "titans":
+            self.titans = Titans(config, registry, f"{prefix}.titans")
         else:
-            self.attention = Attention(config)
+            self.attention = Attention(config, config.context)
         mid = f"x + {parts.mixer}(LayerNorm(x))" if config.residual else f"{parts.mixer}(x)"
         self.hook_mid = registry.add(f"{prefix}.hook_resid_mid", HookSpec(dims, "tick", True, mid))
         post = "resid_mid"
@@ -92,10 +97,12 @@ class Block(nn.Module):
 
     def init_state(self, batch: int) -> LayerState:
         """Fresh state of this block."""
+        attention = self.titans.attention if self.titans else self.attention
         return LayerState(
             self.selfmod.init_state(batch) if self.selfmod else None,
             tuple(level.init_state(batch) for level in self.cms.level_list()) if self.cms else (),
-            self.attention.init_state(batch) if self.attention else None,
+            attention.init_state(batch) if attention else None,
+            self.titans.init_state(batch) if self.titans else None,
         )
 
     def read(
@@ -109,24 +116,29 @@ class Block(nn.Module):
         """Read a tick; the state returned differs only in what reading itself moves (attention's cache)."""
         x = self.hook_pre(x)
         normed = x if self.norm is None else self.norm(x)
-        generated, taps = None, list[Tap]()
+        generated, titans, taps = None, None, list[Tap]()
         if self.selfmod is not None and weights is not None:
             if state.selfmod is None:
                 raise BadInputError(
                     "the state was made by another variant: it has no self-modifying memories"
                 )
             mixed, generated = self.selfmod.read(normed, weights, state.selfmod, outer)
+        elif self.titans is not None:
+            if state.titans is None:
+                raise BadInputError("the state was made by another variant: it has no Titans memory")
+            mixed, titans, seen = self.titans.read(normed, state.titans, state.attention, position, outer)
+            state = state._replace(attention=seen)
         else:
             if state.attention is None:
                 raise BadInputError("the state was made by another variant: it has no attention cache")
-            mixed, seen = cast(Attention, self.attention).read(normed, state.attention, position)
-            state = state._replace(attention=seen)
+            mixed, cache = cast(Attention, self.attention).read(normed, state.attention, position)
+            state = state._replace(attention=cache)
         x = self.hook_mid(x + mixed if self.config.residual else mixed)
         if self.cms is not None:
             x, taps = self.cms.read(x, state.cms)
         elif self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
-        return self.hook_post(x), _Made(generated, taps), state
+        return self.hook_post(x), _Made(generated, taps, titans), state
 
 
 def _ours(state: State) -> State:
@@ -288,6 +300,10 @@ class HopeModel(Hooked, nn.Module):
                 with torch.set_grad_enabled(through):
                     fast = selfmod.write(weights, layer.selfmod, generated, gate, donated)
                 layer = layer._replace(selfmod=fast)
+            titans, left = self._block(i).titans, made[i].titans
+            if titans is not None and layer.titans is not None and left is not None:
+                with torch.set_grad_enabled(through):
+                    layer = layer._replace(titans=titans.write(layer.titans, left, gate))
             if levels[i]:
                 with torch.no_grad():
                     cms = tuple(

@@ -40,8 +40,10 @@ def _draw(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> Tenso
         return full + (1.0 if last == "weight" else 0.0)
     if last.startswith("mix_"):
         return full
+    if last == "momentum_bias":
+        return full
     if last in ("eta_bias", "alpha_bias"):
-        return full + float(getattr(config, last))
+        return full + float(getattr(config, last) or 0.0)  # a Titans layer has them always
     generator = _generator(seed, name)
     if last == "embed":
         return full.normal_(0.0, config.embed_std, generator=generator)

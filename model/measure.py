@@ -20,11 +20,12 @@ WRITE_GATES = "blocks.*.hook_write_gate"
 
 
 def write_gates(model: HopeModel) -> dict[str, str]:
-    """Patterns of hook points by mechanism: `selfmod`, whose memories share a gate, `cms`, and each of its levels."""
+    """Patterns of hook points by mechanism: `selfmod`, whose memories share a gate, `titans`, `cms` and its levels."""
     periods = model.config.periods
     found = {}
-    if any(name.startswith("selfmod.") for name in periods):
-        found["selfmod"] = "blocks.*.selfmod.hook_write_gate"
+    for mechanism in ("selfmod", "titans"):
+        if any(name.startswith(f"{mechanism}.") for name in periods):
+            found[mechanism] = f"blocks.*.{mechanism}.hook_write_gate"
     levels = [name for name in periods if name.startswith("cms.")]
     if levels:
         found["cms"] = "blocks.*.cms.*.hook_write_gate"
@@ -70,9 +71,14 @@ class Watch:
 
 @torch.no_grad()
 def norm_ratio(model: HopeModel, state: State) -> float:
-    """Mean over layers and sequences of |theta_fast| / |theta_meta| of all self-modifying weights; NaN without any."""
+    """Mean over layers and sequences of |theta_fast| / |theta_meta| of all memories' weights; NaN without any."""
     ratios = []
     for i, layer in enumerate(state.layers):
+        titans = cast(Block, model.blocks[i]).titans
+        if titans is not None and layer.titans is not None:
+            pairs = ((titans.memory.w2, layer.titans.w2), (titans.memory.w1, layer.titans.w1))
+            size = torch.stack([(base + delta).square().sum((1, 2)) for base, delta in pairs]).sum(0)
+            ratios.append((size / sum(base.square().sum() for base, _ in pairs)).sqrt().mean())
         selfmod = cast(Block, model.blocks[i]).selfmod
         if selfmod is None or layer.selfmod is None:
             continue

@@ -20,6 +20,7 @@ from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.memories import Memory, l2norm
 from hopeprobe.model.selfmod import SelfMod
+from hopeprobe.model.titans import Titans
 
 MemoryWeights = dict[str, Tensor]  # "w1" (out, h), "w2" (h, d), and "skip" (1, d) where out is 1
 
@@ -36,6 +37,7 @@ class LayerTrace:
     tail: Tensor  # (width - 1, d)
     cms_fast: list[dict[str, Tensor]]  # per level, full matrices "w_in" and "w_out", outside the graph
     cms_sum: list[dict[str, Tensor]]  # per level, the gradient accumulated since its last write
+    momentum: MemoryWeights  # of a Titans memory
     seen: list[
         tuple[list[Tensor], list[Tensor]]
     ]  # keys, turned by their position, and values of each head, (d / heads,)
@@ -63,19 +65,30 @@ def init_trace(model: HopeModel) -> list[LayerTrace]:
     for module in model.blocks:
         block = cast(Block, module)
         meta = _meta(block.selfmod) if block.selfmod is not None else {}
+        momentum: MemoryWeights = {}
+        if block.titans is not None:
+            meta = {"memory": {"w1": block.titans.memory.w1, "w2": block.titans.memory.w2}}
+            momentum = {w: torch.zeros_like(m) for w, m in meta["memory"].items()}
         of_block = block.cms.level_list() if block.cms is not None else []
         levels = [{"w_in": lv.w_in.detach(), "w_out": lv.w_out.detach()} for lv in of_block]
         tail = model.embed.new_zeros(model.config.conv_width - 1, model.config.dim)
         sums = [{k: torch.zeros_like(w) for k, w in lv.items()} for lv in levels]
-        traces.append(LayerTrace(meta, {n: dict(w) for n, w in meta.items()}, [], tail, levels, sums, []))
+        traces.append(
+            LayerTrace(meta, {n: dict(w) for n, w in meta.items()}, [], tail, levels, sums, momentum, [])
+        )
     return traces
+
+
+def _convolved(conv: Tensor, trace: LayerTrace, x: Tensor) -> Tensor:
+    width = conv.shape[1]
+    window = torch.cat([trace.tail, x])
+    trace.tail = window[len(window) - width + 1 :]
+    return torch.stack([(window[t : t + width].mT * conv).sum(-1) for t in range(len(x))])
 
 
 def _selfmod_read(selfmod: SelfMod, trace: LayerTrace, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     config = selfmod.config
-    window = torch.cat([trace.tail, x])
-    u = torch.stack([(window[t : t + config.conv_width].mT * selfmod.conv).sum(-1) for t in range(len(x))])
-    trace.tail = window[len(window) - config.conv_width + 1 :]
+    u = _convolved(selfmod.conv, trace, x)
     k = l2norm(memory_out(trace.fast["k"], u))
     v = memory_out(trace.fast["v"], u)
     if config.normalise_value:
@@ -133,6 +146,41 @@ def write_chunk(
     return current
 
 
+def _titans_read(titans: Titans, trace: LayerTrace, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    config = titans.config
+    u = _convolved(titans.conv, trace, x)
+    k, v, q = (u @ w.mT for w in (titans.w_k, titans.w_v, titans.w_q))
+    biases = torch.stack([titans.eta_bias, titans.momentum_bias, titans.alpha_bias])
+    eta, momentum, alpha = torch.sigmoid(u @ titans.w_scalar.mT + biases).unbind(-1)
+    out = memory_out(trace.fast["memory"], l2norm(q))
+    if titans.attention is not None:
+        out = _attend(titans.attention, trace, x) * torch.sigmoid(titans.norm(out))
+    v = l2norm(v) if config.normalise_value else v
+    return out, [l2norm(k), v, config.eta_max * eta, momentum, alpha]
+
+
+def _titans_write(config: ModelConfig, trace: LayerTrace, made: list[Tensor], gate: Tensor) -> None:
+    """S_t = mu_t S_{t-1} - eta_t dL_t, W_t = W' + alpha_t (W_{t-1} - W') + S_t; a closed gate skips the token."""
+    if config.write_grad == "stop":
+        made = [part.detach() for part in made]
+    start, meta = trace.fast["memory"], trace.meta["memory"]
+    current, momentum = dict(start), dict(trace.momentum)
+    for k, v, eta, mu, alpha, g in zip(*made, gate, strict=True):
+        inner = {name: w * 1.0 for name, w in start.items()}
+        loss = 0.5 * (memory_out(inner, k) - v).square().sum()
+        grads = torch.autograd.grad(loss, list(inner.values()), create_graph=True)
+        for (name, w), grad in zip(current.items(), grads, strict=True):
+            if not g:
+                continue
+            rest = meta[name] if config.decay_target == "init" else torch.zeros_like(w)
+            momentum[name] = mu * momentum[name] - eta * grad
+            current[name] = rest + alpha * (w - rest) + momentum[name]
+    if config.write_grad == "stop":  # reads keep following the meta weights, one to one
+        current = {n: w.detach() + (meta[n] - meta[n].detach()) for n, w in current.items()}
+        momentum = {n: w.detach() for n, w in momentum.items()}
+    trace.fast["memory"], trace.momentum = current, momentum
+
+
 def _cms_read(cms: CMS, levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
     outs = []
     current = x
@@ -148,7 +196,7 @@ def _cms_read(cms: CMS, levels: list[dict[str, Tensor]], x: Tensor) -> Tensor:
 
 
 def _attend(attention: Attention, trace: LayerTrace, x: Tensor) -> Tensor:
-    """Causal attention over the last `context` tokens read, a token and a head at a time."""
+    """Causal attention over the last tokens read, a token and a head at a time."""
     heads, width = attention.config.heads, attention.config.dim // attention.config.heads
     out = []
     for token in x:
@@ -156,7 +204,7 @@ def _attend(attention: Attention, trace: LayerTrace, x: Tensor) -> Tensor:
         of_token = (attention.w_qkv @ token).view(3, heads, width)
         q, k = ([_rotated(row, position) for row in rows] for rows in of_token[:2])
         trace.seen.append((k, list(of_token[2])))
-        visible = trace.seen[-attention.config.context :]
+        visible = trace.seen[-attention.window :]
         mixed = []
         for head in range(heads):
             scores = torch.stack([q[head] @ keys[head] for keys, _ in visible])
@@ -199,6 +247,8 @@ def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[Lay
             normed, generated = x if block.norm is None else block.norm(x), list[Tensor]()
             if block.selfmod is not None:
                 out, generated = _selfmod_read(block.selfmod, traces[i], normed)
+            elif block.titans is not None:
+                out, generated = _titans_read(block.titans, traces[i], normed)
             else:
                 out = _attend(cast(Attention, block.attention), traces[i], normed)
             x = x + out if config.residual else out
@@ -242,6 +292,8 @@ def _write(
     config = model.config
     written = [name.removeprefix("selfmod.") for name in config.periods if name.startswith("selfmod.")]
     for i, trace in enumerate(traces):
+        if config.parts.mixer == "titans":
+            _titans_write(config, trace, made[i], gate)
         if written:
             _write_memories(config, trace, made[i], gate, written, end)
         if config.parts.levels:

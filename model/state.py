@@ -117,12 +117,23 @@ class AttentionState(NamedTuple):
     v: Tensor  # (B, heads, n, d / heads)
 
 
+class TitansState(NamedTuple):
+    """Fast weights minus meta weights of a Titans memory, and their momentum."""
+
+    w2: Tensor  # (B, h, d)
+    w1: Tensor  # (B, d, h)
+    s2: Tensor  # (B, h, d)
+    s1: Tensor  # (B, d, h)
+    conv_tail: Tensor  # (B, width - 1, d)
+
+
 class LayerState(NamedTuple):
     """State of one block; a mechanism that the variant lacks has none."""
 
     selfmod: SelfModState | None
     cms: tuple[LevelState, ...]
     attention: AttentionState | None
+    titans: TitansState | None = None
 
 
 class State(NamedTuple):

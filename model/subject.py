@@ -97,7 +97,7 @@ class HopeSubject(Subject):
 
     def decay_target(self) -> Mapping[str, Literal["init", "zero"]]:
         """What the memories decay towards; CMS levels do not decay."""
-        memories = [name for name in self.write_periods() if name.startswith("selfmod.")]
+        memories = [name for name in self.write_periods() if not name.startswith("cms.")]
         return dict.fromkeys(memories, self.module.config.decay_target)
 
     def _block(self, index: int) -> Block:
@@ -113,6 +113,9 @@ class HopeSubject(Subject):
                 weights = {"w1": memory.w1, "w2": memory.w2, "skip": memory.skip}
                 prefix = f"blocks.{i}.selfmod.{name}.hook_fast_"
                 out |= {prefix + k: w.detach() for k, w in weights.items() if w is not None}
+            if block.titans is not None:
+                prefix, memory = f"blocks.{i}.titans.memory.hook_fast_", block.titans.memory
+                out |= {prefix + "w1": memory.w1.detach(), prefix + "w2": memory.w2.detach()}
             for level in block.written_levels():
                 prefix = f"blocks.{i}.cms.{level.spec.name}.hook_fast_"
                 out |= {prefix + "in": level.w_in.detach(), prefix + "out": level.w_out.detach()}
@@ -198,7 +201,10 @@ def _fast_mapped(state: State, fn: Callable[[Tensor], Tensor]) -> State:
             lv._replace(change_in=Change.of(fn(lv.w_in)), change_out=Change.of(fn(lv.w_out)))
             for lv in layer.cms
         )
-        layers.append(layer._replace(selfmod=selfmod, cms=cms))
+        titans = layer.titans
+        if titans is not None:
+            titans = map_state(fn, titans)._replace(conv_tail=titans.conv_tail)
+        layers.append(layer._replace(selfmod=selfmod, cms=cms, titans=titans))
     return state._replace(layers=tuple(layers))
 
 

@@ -10,7 +10,8 @@
     hope-attention       causal attention in place of the memories
     same-period          every level is written as often as the fastest: is timescale what matters
     transformer          causal attention, then an MLP
-    transformer-matched  the same with as many parameters as `full`: at the `scaled` size the study's 81.1M
+    transformer-matched  a Transformer with as many parameters as `full`: at the `scaled` size the study's 81.1M
+    titans               one memory with momentum and forgetting, static projections; it gates sliding-window attention
 
 Source: "Dissecting HOPE", section 4.1 and Table 1, for what is left out there; the controls are ours.
 """
@@ -35,7 +36,7 @@ class Parts:
 
     """
 
-    mixer: Literal["selfmod", "attention"] = "selfmod"
+    mixer: Literal["selfmod", "attention", "titans"] = "selfmod"
     channel: Literal["cms", "mlp", "none"] = "cms"
     memories: Literal["all", "memory", "none"] = "all"
     levels: bool = True
@@ -45,7 +46,7 @@ class Parts:
     @property
     def writes(self) -> bool:
         """Does anything write."""
-        return self.memories != "none" or self.levels
+        return self.memories != "none" or self.levels or self.mixer == "titans"
 
 
 _TRANSFORMER = Parts(mixer="attention", channel="mlp", memories="none", levels=False)
@@ -61,4 +62,5 @@ VARIANTS: dict[str, Parts] = {
     "same-period": Parts(one_period=True),
     "transformer": _TRANSFORMER,
     "transformer-matched": _TRANSFORMER,
+    "titans": Parts(mixer="titans", channel="mlp", memories="none", levels=False),
 }

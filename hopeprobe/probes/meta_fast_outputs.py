@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hopeprobe.subject import Subject
     from hopeprobe.tokens.windows import EvalBatch
 
+_LAYERS = ("selfmod", "titans")  # memories that read the residual stream as it enters the block
+
 OUTPUT_EFFECT = 0.05
 KL_EFFECT = 0.01  # nats
 KINDS = {
@@ -63,7 +65,7 @@ def mechanisms_of(subject: Subject) -> list[Mechanism]:
             if match is None:
                 continue
             layer = None if match[1] is None else int(match[1])
-            reads = f"blocks.{layer}.hook_resid_pre" if match[2] == "selfmod" else f"{prefix}.hook_in"
+            reads = f"blocks.{layer}.hook_resid_pre" if match[2] in _LAYERS else f"{prefix}.hook_in"
             gives = next((n for n in (f"{prefix}.hook_delta", f"{prefix}.hook_out") if n in points), "")
             if gives and reads in points:
                 found[prefix] = Mechanism(layer, match[2], reads, gives)

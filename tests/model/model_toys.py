@@ -20,6 +20,10 @@ CONFIGS = {
     "decay-to-zero": dataclasses.replace(TOY, decay_target="zero"),
     "stop": dataclasses.replace(TOY, write_grad="stop"),
     "selective-gate": dataclasses.replace(TOY, surprise_threshold=3.6),
+    "titans-window": dataclasses.replace(
+        TOY, variant="titans", window=24, chunk_memory=16, surprise_threshold=3.6
+    ),
+    "titans-layer": dataclasses.replace(TOY, variant="titans", titans_form="layer", decay_target="zero"),
     **{
         variant: dataclasses.replace(TOY, variant=variant)
         for variant in VARIANTS

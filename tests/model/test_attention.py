@@ -21,7 +21,7 @@ def made(kind):
     return part
 
 
-ATTENTION = made(Attention)
+ATTENTION = made(lambda config: Attention(config, config.context))
 
 
 def turned(vector, position):

@@ -33,6 +33,7 @@ WRITTEN = {
     "same-period": ALL | LEVELS,
     "transformer": set(),
     "transformer-matched": set(),
+    "titans": {"titans.memory"},
 }
 SMALL = dataclasses.replace(TOY, vocab_size=61, layers=1, context=32)
 
@@ -79,6 +80,7 @@ def test_it_writes_what_it_says_and_nothing_else(variant, tokens):
         assert levels == WRITTEN[variant] & LEVELS
         groups = layer.selfmod.groups if layer.selfmod else ()
         assert any(group is not None for group in groups) == bool(WRITTEN[variant] & ALL)
+        assert (layer.titans is not None and bool(layer.titans.w1.any())) == (variant == "titans")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
