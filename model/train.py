@@ -273,7 +273,7 @@ def first_not_finite(model: HopeModel, tokens: Tensor) -> str | None:
     place = f"layer {parts[1]}" if parts[0] == "blocks" else "outside the layers"
     owner = ""
     if len(parts) == 5:
-        owner = f", memory {parts[3]}" if parts[2] == "selfmod" else f", {parts[2]} level {parts[3]}"
+        owner = f", {parts[2]} level {parts[3]}" if parts[2] == "cms" else f", memory {parts[3]}"
     elif len(parts) == 4:
         memory = {"out": "memory"}.get(parts[3].removeprefix("hook_"), parts[3].removeprefix("hook_"))
         owner = f", memory {memory}" if parts[2] == "selfmod" and memory in MEMORIES else f", {parts[2]}"

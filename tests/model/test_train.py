@@ -294,7 +294,7 @@ def test_values_that_cannot_work(name, value):
 # -- diverged -----------------------------------------------------------------------------------------------------
 
 
-def diverges(tmp_path, spoil, at=2):
+def diverges(tmp_path, spoil, at=2, model=MODEL):
     """Spoil the run after the checkpoint of a step; the error, once the last good checkpoint has been looked at."""
 
     def callback(r):
@@ -302,7 +302,7 @@ def diverges(tmp_path, spoil, at=2):
             spoil(r.model)
 
     with pytest.raises(DivergedError) as caught:
-        run(tmp_path, callbacks=(callback,))
+        run(tmp_path, model=model, callbacks=(callback,))
     assert caught.value.exit_code == 4
     message = str(caught.value)
     assert f"stopped at step {at + 1}" in message
@@ -338,6 +338,14 @@ def test_a_write_that_only_the_gradient_sees(tmp_path):
         model.add_hook("blocks.0.selfmod.k.hook_fast_w2", lambda w, hook: w * float("nan"))
 
     assert "layer 0, memory k (blocks.0.selfmod.k.hook_fast_w2)" in diverges(tmp_path, spoil)
+
+
+def test_a_titans_memory_is_named_too(tmp_path):
+    def spoil(model):
+        model.add_hook("blocks.0.titans.memory.hook_fast_w2", lambda w, hook: w * float("nan"))
+
+    message = diverges(tmp_path, spoil, model=dataclasses.replace(MODEL, variant="titans"))
+    assert "layer 0, memory memory (blocks.0.titans.memory.hook_fast_w2)" in message
 
 
 def test_the_embedding_and_the_head(tmp_path):
