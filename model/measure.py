@@ -86,8 +86,8 @@ def norm_ratio(model: HopeModel, state: State) -> float:
         for weights, group in zip(selfmod.stacked(), layer.selfmod.groups, strict=True):
             if group is None:
                 continue
-            for base, delta in zip(weights, group, strict=True):
-                fast = fast + (base + delta).square().flatten(1).sum(1)
+            for base, now in zip(weights, group, strict=True):
+                fast = fast + now.square().flatten(1).sum(1)
                 meta = meta + base.square().sum()
         if meta > 0:
             ratios.append((fast / meta).sqrt().mean())

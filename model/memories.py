@@ -86,9 +86,18 @@ def read_group(x: Tensor, w: Weights) -> Reading:
     return Reading(pre, hidden, vector, scalar)
 
 
-def fast_weights(meta: Weights, state: MemoryState) -> Weights:
-    """The weights a stream reads with: meta weights plus its own difference, (B, ...) each."""
-    return Weights(*(base + delta for base, delta in zip(meta, state, strict=True)))
+def attached(meta: Weights, state: MemoryState) -> Weights:
+    """The fast weights themselves, (B, ...) each, in the graph of the meta weights.
+
+    Where a state is outside the graph (fresh, cut, or written under `stop`) its difference to the meta weights counts
+    as a constant, so that the outer gradient still reaches them.
+    """
+    return Weights(
+        *(
+            fast if fast.requires_grad or not base.requires_grad else fast + (base - base.detach())
+            for base, fast in zip(meta, state, strict=True)
+        )
+    )
 
 
 def repeated(meta: Weights, batch: int) -> Weights:

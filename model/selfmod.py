@@ -21,14 +21,14 @@ from hopeprobe.model.memories import (
     Reading,
     Weights,
     answer,
-    fast_weights,
+    attached,
     l2norm,
     read_group,
     repeated,
     rows_times,
 )
 from hopeprobe.model.state import MemoryState, Pending, SelfModState
-from hopeprobe.model.write import chunk_decay, gelu_slope, solve_errors
+from hopeprobe.model.write import errors, gelu_backward, prepare
 
 
 class SelfMod(nn.Module):
@@ -122,26 +122,14 @@ class SelfMod(nn.Module):
         return tuple(groups)
 
     def init_state(self, batch: int) -> SelfModState:
-        """Fresh state: fast weights equal to the meta weights (their difference is zero), none of what never writes."""
-        d = self.config.dim
-        groups: list[MemoryState | None] = []
-        for names, chunk in zip(self.group_names, self.group_chunks, strict=True):
-            if chunk is None:
-                groups.append(None)
-                continue
-            m = len(names)
-            mv = sum(n not in SCALAR_MEMORIES for n in names)
-            zeros = self.conv.new_zeros
-            groups.append(
-                MemoryState(
-                    zeros(batch, m, d, d),
-                    zeros(batch, mv, d, d),
-                    zeros(batch, m - mv, d),
-                    zeros(batch, m - mv, d),
-                )
+        """Fresh state: fast weights equal to the meta weights as they are now; none of what never writes."""
+        with torch.no_grad():
+            groups = tuple(
+                None if chunk is None else MemoryState(*(w.repeat(batch, *(1,) * w.ndim) for w in meta))
+                for meta, chunk in zip(self.stacked(), self.group_chunks, strict=True)
             )
-        tail = self.conv.new_zeros(batch, self.config.conv_width - 1, d)
-        return SelfModState(tuple(groups), tuple(None for _ in groups), tail)
+        tail = self.conv.new_zeros(batch, self.config.conv_width - 1, self.config.dim)
+        return SelfModState(groups, tuple(None for _ in groups), tail)
 
     def read(
         self, x: Tensor, weights: tuple[Weights, ...], state: SelfModState, outer: bool = True
@@ -150,11 +138,12 @@ class SelfMod(nn.Module):
 
         `outer` False says that no outer gradient will be taken: what only serves the write then stays out of the graph.
         """
+        outer = outer and torch.is_grad_enabled()
         window = torch.cat([state.conv_tail, x], dim=1)
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         fast = tuple(
-            repeated(meta, len(x)) if group is None else fast_weights(meta, group)
+            repeated(meta, len(x)) if group is None else attached(meta, group) if outer else Weights(*group)
             for meta, group in zip(weights, state.groups, strict=True)
         )
         others = fast[0]
@@ -173,7 +162,7 @@ class SelfMod(nn.Module):
         if not self.written:
             nothing = x[:, :0]
             return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast)
-        with torch.set_grad_enabled(outer and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(outer):
             made = Generated(*self._generate(u, others, w2_generators, w1[-2:]), tail=tail, fast=fast)
             self._observe_losses(made)
         return out, made
@@ -284,14 +273,12 @@ class SelfMod(nn.Module):
                 groups.append(group)  # every gate closed: exactly nothing, and no work
                 pending.append(None)
                 continue
-            written = self._write_group(weights[i], group, made.fast[i], tokens, donated)
-            groups.append(self._fire_fast(self.group_names[i], weights[i], written))
+            written = self._write_group(weights[i], made.fast[i], tokens, donated)
+            groups.append(self._fire_fast(self.group_names[i], written))
             pending.append(None)
         return SelfModState(tuple(groups), tuple(pending), made.tail)
 
-    def _write_group(
-        self, meta: Weights, state: MemoryState, fast: Weights, tokens: Pending, donated: bool
-    ) -> MemoryState:
+    def _write_group(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         k, v, eta, log_alpha = tokens
         both = read_group(torch.cat([k, v], 1), fast)
         predicted, target, predicted_scalar, target_scalar = self._predictions(both, v)
@@ -303,46 +290,43 @@ class SelfMod(nn.Module):
         back = torch.cat(
             [(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2
         )
-        push = torch.cat([(back * gelu_slope(pre)).flatten(2), slope_scalar], dim=-1)
-        read = torch.cat([pre.flatten(2), k @ fast.skip.mT], dim=-1)
-        read_meta = None
+        chunk = prepare(k, eta, log_alpha)
+        meta_w2 = meta_skip = None
         if self.config.decay_target == "init":
-            read_meta = torch.cat([F.linear(k, meta.w2.flatten(0, 1)), F.linear(k, meta.skip)], dim=-1)
-            read = read - read_meta
-        decay = chunk_decay(k, eta, log_alpha)
-        errors = solve_errors(decay, eta, push, read_meta, read)
-        keys = decay.to_end[..., None] * k
-        errors_w2, errors_skip = errors.split_with_sizes([pre.shape[2] * pre.shape[3], sizes[1]], dim=2)
+            meta_w2, meta_skip = F.linear(k, meta.w2.flatten(0, 1)), F.linear(k, meta.skip)
+        push = gelu_backward(back, pre).flatten(2)
+        errors_w2 = errors(chunk, eta, push, pre.flatten(2), meta_w2)
+        errors_skip = errors(chunk, eta, slope_scalar, k @ fast.skip.mT, meta_skip)
 
         step = eta[..., None].expand(*hidden.shape[:3])
         if self.config.proximal:
             step = step / (1.0 + step * hidden.square().sum(-1))
-        step = step * decay.to_end[..., None]
+        step = step * chunk.to_end[..., None]
         step_vector, step_scalar = step.split_with_sizes(sizes, dim=2)
         pushed = (step_vector.transpose(1, 2)[..., None] * slope).flatten(0, 1)
         activation = hidden_vector.transpose(1, 2).flatten(0, 1)
         w1_scalar_term = ((step_scalar * slope_scalar)[..., None] * hidden_scalar).sum(1)
 
-        def decayed(delta: Tensor, base: Tensor) -> Tensor:
-            end = decay.end.view(-1, *(1,) * (delta.ndim - 1))
-            kept = delta.mul_(end) if donated else end * delta
+        def decayed(now: Tensor, base: Tensor) -> Tensor:
+            end = chunk.end.view(-1, *(1,) * (now.ndim - 1))
             if self.config.decay_target == "init":
-                return kept
-            return kept + (end - 1.0) * base  # W decays to zero: its difference to the meta weights does not
+                return torch.lerp(base, now, end, out=now) if donated else torch.lerp(base, now, end)
+            return now.mul_(end) if donated else end * now
 
         # In place on `decayed`, which is ours: subtracting a product of thin factors is one pass over the weights.
-        w2 = decayed(state.w2, meta.w2).flatten(1, 2).baddbmm_(errors_w2.mT, keys, alpha=-1)
-        w1 = decayed(state.w1, meta.w1).flatten(0, 1).baddbmm_(pushed.mT, activation, alpha=-1)
-        skip = decayed(state.skip, meta.skip).baddbmm_(errors_skip.mT, keys, alpha=-1)
-        w1_scalar = decayed(state.w1_scalar, meta.w1_scalar) - w1_scalar_term
-        return MemoryState(w2.view_as(state.w2), w1.view_as(state.w1), w1_scalar, skip)
+        w2 = decayed(fast.w2, meta.w2).flatten(1, 2).baddbmm_(errors_w2.mT, chunk.keys, alpha=-1)
+        w1 = decayed(fast.w1, meta.w1).flatten(0, 1).baddbmm_(pushed.mT, activation, alpha=-1)
+        skip = decayed(fast.skip, meta.skip).baddbmm_(errors_skip.mT, chunk.keys, alpha=-1)
+        w1_scalar = decayed(fast.w1_scalar, meta.w1_scalar) - w1_scalar_term
+        return MemoryState(w2.view_as(fast.w2), w1.view_as(fast.w1), w1_scalar, skip)
 
-    def _fire_fast(self, names: tuple[str, ...], meta: Weights, state: MemoryState) -> MemoryState:
+    def _fire_fast(self, names: tuple[str, ...], state: MemoryState) -> MemoryState:
         """Show the written fast weights to their hooks; an edit goes into the state."""
         if not any(p.active for n in names for p in self.hook_fast[n].values()):
             return state
         n_vector = state.w1.shape[1]
         parts = {f: list(t.unbind(1)) for f, t in state._asdict().items()}
+        edited_fields = set()
         for i, name in enumerate(names):
             scalar = name in SCALAR_MEMORIES
             j = i - n_vector if scalar else i
@@ -352,20 +336,12 @@ class SelfMod(nn.Module):
                     continue
                 field = fields[weight]
                 index = i if weight == "w2" else j
-                base = getattr(meta, field)[index]
-                full = base + parts[field][index]
-                flat = full.ndim == 2 and base.ndim == 1  # a scalar memory's row is shown as (B, 1, in)
-                shown = full[:, None] if flat else full
+                # A copy, as the next write may overwrite the state under whoever keeps what was shown.
+                shown = parts[field][index].clone()
+                flat = shown.ndim == 2  # a scalar memory's row is shown as (B, 1, in)
+                shown = shown[:, None] if flat else shown
                 edited = point(shown)
-                if edited is shown:
-                    continue
-                if (
-                    edited.data_ptr() == shown.data_ptr()
-                ):  # a backward hook's view: no edit, so not by a rounding
-                    moved = edited - shown
-                    parts[field][index] = parts[field][index] + (moved[:, 0] if flat else moved)
-                else:
-                    parts[field][index] = (edited[:, 0] if flat else edited) - base
-        return MemoryState(
-            *(torch.stack(p, 1) if p else t for p, t in zip(parts.values(), state, strict=True))
-        )
+                if edited is not shown:
+                    parts[field][index] = edited[:, 0] if flat else edited
+                    edited_fields.add(field)
+        return state._replace(**{f: torch.stack(parts[f], 1) for f in edited_fields})

@@ -25,7 +25,7 @@ class Pending(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """Fast weights minus meta weights of m memories that write together, mv of them with vector output."""
+    """Fast weights of m memories that write together, mv of them with vector output."""
 
     w2: Tensor  # (B, m, h, d)
     w1: Tensor  # (B, mv, d, h)

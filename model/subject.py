@@ -18,7 +18,7 @@ from hopeprobe.model.init import digest
 from hopeprobe.model.measure import close, freeze_hooks, write_gates
 from hopeprobe.model.memories import Memory
 from hopeprobe.model.selfmod import SelfMod
-from hopeprobe.model.state import Change, State, average_rows, map_state, select_rows
+from hopeprobe.model.state import Change, MemoryState, State, average_rows, map_state, select_rows
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
 
 
@@ -85,11 +85,38 @@ class HopeSubject(Subject):
     def reset_rows(self, state: State, rows: Sequence[int]) -> State:
         """Fast weights of the given rows back at their meta weights; what was read (tails, tokens) stays."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=state.pending.device)
-        return _fast_mapped(state, lambda t: t.index_fill(0, index, 0.0))  # also where a row is not finite
+        return self._fast_mapped(
+            state, lambda now, start: now.index_copy(0, index, start.expand(len(index), *now.shape[1:]))
+        )
 
     def average_rows(self, state: State, weights: Tensor) -> State:
         """Fast weights averaged over rows; what was read stays with its row."""
-        return _fast_mapped(state, lambda t: average_rows(t, weights))
+        return self._fast_mapped(state, lambda now, _: average_rows(now, weights))
+
+    @torch.no_grad()
+    def _fast_mapped(self, state: State, fn: Callable[[Tensor, Tensor], Tensor]) -> State:
+        """A state with `fn` applied to its fast weights and where these started from, and nothing else."""
+        nothing = self.module.embed.new_zeros(())  # where a difference to the meta weights starts from
+        layers = []
+        for i, layer in enumerate(state.layers):
+            selfmod, module = layer.selfmod, self._block(i).selfmod
+            if selfmod is not None and module is not None:
+                groups = tuple(
+                    None if group is None else MemoryState(*map(fn, group, meta))
+                    for group, meta in zip(selfmod.groups, module.stacked(), strict=True)
+                )
+                selfmod = selfmod._replace(groups=groups)
+            cms = tuple(
+                lv._replace(
+                    change_in=Change.of(fn(lv.w_in, nothing)), change_out=Change.of(fn(lv.w_out, nothing))
+                )
+                for lv in layer.cms
+            )
+            titans = layer.titans
+            if titans is not None:
+                titans = map_state(lambda t: fn(t, nothing), titans)._replace(conv_tail=titans.conv_tail)
+            layers.append(layer._replace(selfmod=selfmod, cms=cms, titans=titans))
+        return state._replace(layers=tuple(layers))
 
     def write_periods(self) -> Mapping[str, int]:
         """Tokens between two writes, by mechanism."""
@@ -188,24 +215,6 @@ class HopeSubject(Subject):
             "data": self.checkpoint.data,
             "init_digest": self.checkpoint.init_digest,
         }
-
-
-def _fast_mapped(state: State, fn: Callable[[Tensor], Tensor]) -> State:
-    """A state with `fn` applied to its fast weights, and nothing else."""
-    layers = []
-    for layer in state.layers:
-        selfmod = layer.selfmod
-        if selfmod is not None:
-            selfmod = selfmod._replace(groups=map_state(fn, selfmod.groups))
-        cms = tuple(
-            lv._replace(change_in=Change.of(fn(lv.w_in)), change_out=Change.of(fn(lv.w_out)))
-            for lv in layer.cms
-        )
-        titans = layer.titans
-        if titans is not None:
-            titans = map_state(fn, titans)._replace(conv_tail=titans.conv_tail)
-        layers.append(layer._replace(selfmod=selfmod, cms=cms, titans=titans))
-    return state._replace(layers=tuple(layers))
 
 
 def load_subject(path: Path) -> HopeSubject | None:

@@ -27,7 +27,7 @@ from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.memories import Memory, answer, l2norm
 from hopeprobe.model.state import AttentionState, TitansState
-from hopeprobe.model.write import gelu_slope
+from hopeprobe.model.write import gelu_backward
 
 _SCALARS = ("eta", "momentum", "alpha")
 
@@ -185,7 +185,7 @@ class Titans(nn.Module):
         pre = made.k @ made.w2.mT
         hidden = F.gelu(pre)
         slope = made.k + hidden @ made.w1.mT - made.v  # dL/dM(k)
-        back = (slope @ made.w1) * gelu_slope(pre)
+        back = gelu_backward(slope @ made.w1, pre)
 
         def written(
             change: Tensor, held: Tensor, meta: Tensor, left: Tensor, right: Tensor

@@ -26,16 +26,16 @@ def segments(config: ModelConfig, tokens: Tensor) -> Iterator[Tensor]:
 
 
 def graph_bytes(config: ModelConfig, batch: int) -> int:
-    """Roughly what the graph of one segment holds, float32: each tick keeps the fast weights it read and wrote.
+    """Roughly what the graph of one segment holds, float32: each tick keeps the fast weights it read.
 
-    Of six memories a layer (ten d x d matrices) both, of a Titans memory its momentum too; of a CMS level its
-    differences, as often as it is written.
+    Of six memories a layer (ten d x d matrices), of a Titans memory what it wrote and its momentum too; of a CMS level
+    its differences, as often as it is written.
     """
     if not config.writes:
         return 0
     d = config.dim
     written = {"all": 6 + 4, "memory": 2, "none": 0}[config.parts.memories]
-    memories = 2 * (written + (4 if config.parts.mixer == "titans" else 0)) * d * d
+    memories = (written + (8 if config.parts.mixer == "titans" else 0)) * d * d
     levels = config.levels if config.parts.levels else ()
     cms = sum(2 * config.cms_multiplier * d * d * config.tick / level.period for level in levels)
     return int(4 * batch * config.layers * _ticks(config) * (memories + cms))

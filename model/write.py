@@ -7,12 +7,13 @@ Per token t of a chunk, gradients taken at the chunk's start (paper "Nested Lear
 
 The first is a gated delta rule; with gamma_t = prod_{s<=t} alpha_s its chunk solves one unit-triangular system
 
-    (I + tril(diag(eta)(Gamma * K K^T), -1)) E = diag(eta)(U + diag(gamma_{t-1}) K W0^T)
-    Gamma_ti = gamma_{t-1} / gamma_i
+    A = I + tril(diag(eta)(Gamma * K K^T), -1),  Gamma_ti = gamma_{t-1} / gamma_i
+    A E = S,  S = diag(eta)(U + diag(gamma_{t-1}) K W0^T)
     W_C = gamma_C W0 - E^T diag(gamma_C/gamma_i) K
 
-(the WY form: Yang et al. 2024, arXiv 2412.06464). Cost O(C^2 d + C d^2) a chunk. Ratios are exponentials of differences
-of log gamma, all at most 1, so nothing overflows however long the chunk or strong the decay.
+(the WY form: Yang et al. 2024, arXiv 2412.06464). The system is solved on the other side, E^T diag(.) K = S^T X with
+A^T X = diag(gamma_C/gamma_i) K: X serves every matrix that reads k. Cost O(C^2 d + C d^2) a chunk. Ratios are
+exponentials of differences of log gamma, all at most 1: nothing overflows, however long the chunk or strong the decay.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ import torch
 from torch import Tensor
 
 
-class ChunkDecay(NamedTuple):
+class Chunk(NamedTuple):
     """What a chunk does to every matrix, whatever it holds; shared by all memories that read the same k."""
 
-    system: Tensor  # (B, C, C), unit lower triangular
+    keys: Tensor  # (B, C, d): X
     before: Tensor  # (B, C): gamma_{t-1}
     to_end: Tensor  # (B, C): gamma_C / gamma_t
     end: Tensor  # (B,): gamma_C
 
 
-def chunk_decay(k: Tensor, eta: Tensor, log_alpha: Tensor) -> ChunkDecay:
+def prepare(k: Tensor, eta: Tensor, log_alpha: Tensor) -> Chunk:
     """Prepare a chunk from k (B, C, d), eta (B, C) >= 0 and log alpha (B, C) <= 0, both after the write gate."""
     log_gamma = log_alpha.cumsum(-1)
     log_before = log_gamma - log_alpha
@@ -40,31 +41,29 @@ def chunk_decay(k: Tensor, eta: Tensor, log_alpha: Tensor) -> ChunkDecay:
     ratio = (log_before[:, :, None] - log_gamma[:, None, :]).tril(-1).exp()
     coupling = (eta[:, :, None] * ratio * (k @ k.mT)).tril(-1)
     system = coupling + torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
-    end = log_gamma[:, -1:]
-    return ChunkDecay(system, log_before.exp(), (end - log_gamma).exp(), end[:, 0].exp())
+    last = log_gamma[:, -1:]
+    to_end = (last - log_gamma).exp()
+    keys: Tensor = torch.linalg.solve_triangular(
+        system.mT, to_end[..., None] * k, upper=True, unitriangular=True
+    )
+    return Chunk(keys, log_before.exp(), to_end, last[:, 0].exp())
 
 
-def solve_errors(
-    decay: ChunkDecay, eta: Tensor, push: Tensor, read_meta: Tensor | None, read: Tensor
-) -> Tensor:
-    """E of the equation above, (B, C, out): W_C = gamma_C W0 - E^T diag(gamma_C/gamma_i) K.
+def errors(chunk: Chunk, eta: Tensor, push: Tensor, read: Tensor, read_meta: Tensor | None) -> Tensor:
+    """S of the equation above, (B, C, out): W_C = gamma_C W0 - S^T X, W the part that decays.
 
     Args:
-        decay: of this chunk.
+        chunk: of `prepare`.
         eta: (B, C).
         push: (B, C, out), U_t = dL/d(W k_t) at the chunk's start.
-        read_meta: (B, C, out), W_meta k_t where decay goes towards the meta weights, else None.
-        read: (B, C, out), the decaying part read at k_t: (W - W_meta) k_t or W k_t.
+        read: (B, C, out), W k_t at the chunk's start.
+        read_meta: (B, C, out), W_meta k_t where decay goes towards the meta weights: it is W - W_meta that decays.
     """
-    target = push + decay.before[..., None] * read
-    if read_meta is not None:
-        target = target + read_meta
-    scaled = eta[..., None] * target
-    errors: Tensor = torch.linalg.solve_triangular(decay.system, scaled, upper=False, unitriangular=True)
-    return errors
+    before = chunk.before[..., None]
+    moved = before * read if read_meta is None else torch.lerp(read_meta, read, before)
+    return eta[..., None] * (push + moved)
 
 
-def gelu_slope(z: Tensor) -> Tensor:
-    """Derivative of the exact GELU, z Phi(z): Phi(z) + z phi(z)."""
-    cdf = 0.5 * (1.0 + torch.erf(z * 0.7071067811865476))
-    return cdf + z * torch.exp(-0.5 * z * z) * 0.3989422804014327
+def gelu_backward(grad: Tensor, z: Tensor) -> Tensor:
+    """Gradient of the exact GELU, z Phi(z), at z: grad (Phi(z) + z phi(z)). One pass, differentiable itself."""
+    return torch.ops.aten.gelu_backward(grad, z)  # type: ignore[no-any-return]

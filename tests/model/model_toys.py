@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import torch
+
 from hopeprobe.model.config import CMSLevel, ModelConfig, published
 from hopeprobe.model.variants import VARIANTS
 
@@ -30,3 +32,14 @@ CONFIGS = {
         if variant not in ("full", "transformer-matched")  # the default; another size of `transformer`
     },
 }
+
+
+def differences(selfmod, held):
+    """Fast minus meta weights of each group of a self-modifying layer, None for one that is never written."""
+    with torch.no_grad():
+        return [
+            None
+            if group is None
+            else type(group)(*(now - base for now, base in zip(group, meta, strict=True)))
+            for group, meta in zip(held.groups, selfmod.stacked(), strict=True)
+        ]

@@ -7,7 +7,7 @@ from scipy.special import erf
 
 from hopeprobe.model.config import MEMORIES
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.memories import answer, fast_weights, l2norm, read_group, repeated, rows_times
+from hopeprobe.model.memories import answer, attached, l2norm, read_group, repeated, rows_times
 
 
 def gelu(x):
@@ -39,8 +39,23 @@ def test_weights_that_are_never_written_are_those_of_a_fresh_state_without_a_cop
     selfmod = model.blocks[0].selfmod
     for meta, group in zip(selfmod.stacked(), selfmod.init_state(4).groups, strict=True):
         still = repeated(meta, 4)
-        assert all(torch.equal(a, b) for a, b in zip(still, fast_weights(meta, group), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(still, group, strict=True))
         assert all(a.data_ptr() == b.data_ptr() for a, b in zip(still, meta, strict=True))
+
+
+def test_a_state_outside_the_graph_is_meta_weights_plus_a_constant():
+    selfmod = HopeModel(TOY, seed=1, dtype=torch.float64).blocks[0].selfmod
+    (meta,), (held,) = selfmod.stacked(), selfmod.init_state(2).groups
+    moved = type(held)(*(t + 1.5 for t in held))
+    found = attached(meta, moved)
+    assert all(torch.equal(a, b) for a, b in zip(found, moved, strict=True))
+    found.w2.sum().backward()
+    assert (selfmod.memories["k"].w2.grad == 2.0).all()  # once a row
+    again = attached(meta, type(held)(*found))
+    assert all(a is b for a, b in zip(again, found, strict=True))
+    with torch.no_grad():
+        still = type(meta)(*(w.detach() for w in meta))
+    assert all(a is b for a, b in zip(attached(still, moved), moved, strict=True))
 
 
 def test_few_rows_times_tall_matrices():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from model_toys import CONFIGS, TOY
+from model_toys import CONFIGS, TOY, differences
 
 from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import HookNeverFiredError, markdown_table
@@ -201,11 +201,12 @@ def test_what_the_points_hold_of_one_another(cache, toy):
 # -- freezing -----------------------------------------------------------------------------------------------------
 
 
-def moved(state):
+def moved(model, state):
     """Which mechanisms' fast weights differ from their meta weights."""
     names = set()
     for i, layer in enumerate(state.layers):
-        if any(t.any() for group in layer.selfmod.groups for t in group):
+        groups = differences(model.blocks[i].selfmod, layer.selfmod)
+        if any(t.any() for group in groups for t in group):
             names.add(f"blocks.{i}.selfmod")
         for level, held in zip(("fast", "slow"), layer.cms, strict=True):
             if held.w_in.any() or held.w_out.any():
@@ -220,16 +221,16 @@ MECHANISMS = [f"blocks.{i}.{m}" for i in range(2) for m in ("selfmod", "cms.fast
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_closed_write_gate_freezes_that_mechanism_alone(toy, mechanism, grad):
     with torch.set_grad_enabled(grad):
-        assert moved(toy(TOKENS).state) == set(MECHANISMS)
+        assert moved(toy, toy(TOKENS).state) == set(MECHANISMS)
         frozen = toy.run_with_hooks(TOKENS, fwd_hooks=[(f"{mechanism}.hook_write_gate", close)])
-    assert moved(frozen.state) == set(MECHANISMS) - {mechanism}
+    assert moved(toy, frozen.state) == set(MECHANISMS) - {mechanism}
 
 
 def test_the_common_gate_freezes_all(toy):
     with torch.no_grad():
-        assert moved(toy.run_with_hooks(TOKENS, fwd_hooks=[("hook_gate", close)]).state) == set()
+        assert moved(toy, toy.run_with_hooks(TOKENS, fwd_hooks=[("hook_gate", close)]).state) == set()
         frozen = toy.run_with_hooks(TOKENS, fwd_hooks=[("blocks.*.hook_write_gate", close)])
-    assert moved(frozen.state) == set()
+    assert moved(toy, frozen.state) == set()
 
 
 def test_a_write_that_did_not_happen_is_not_reported_as_one(toy):
@@ -260,13 +261,24 @@ def test_an_edit_of_fast_weights_is_the_state(toy, memory, grad):
         meta = getattr(toy.blocks[1].selfmod.memories[memory], weight).detach()
         field = {"w2": "w2", "skip": "skip", "w1": "w1_scalar" if memory in SCALAR else "w1"}[weight]
         row = index if weight == "w2" or memory in VECTOR else j
-        full = meta + getattr(got, field)[:, row].reshape(B, *meta.shape)
-        assert torch.allclose(full, goal, rtol=0, atol=1e-14)
+        assert torch.equal(getattr(got, field)[:, row].reshape(B, *meta.shape), goal)
         for f in got._fields:  # and nothing else is touched, by so much as a bit
             keep = [r for r in range(getattr(got, f).shape[1]) if (f, r) != (field, row)]
             assert torch.equal(getattr(got, f)[:, keep], getattr(plain, f)[:, keep])
         assert not torch.equal(cached[name][:, 0], goal)  # the next write starts from the edit
         assert after.losses.isfinite().all()
+
+
+@pytest.mark.parametrize("memory", ["k", "alpha"])
+def test_what_an_observer_keeps_is_not_overwritten_by_later_writes(toy, memory):
+    """Without an outer gradient the state is written in place."""
+    kept = []
+    name = f"blocks.0.selfmod.{memory}.hook_fast_w2"
+    with torch.no_grad():
+        toy.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda t, hook: kept.append((t, t.clone())))])
+    assert len(kept) == T // 8
+    assert all(torch.equal(seen, at_the_time) for seen, at_the_time in kept)
+    assert not torch.equal(kept[0][0], kept[1][0])
 
 
 def test_an_edit_of_a_level_is_the_state(toy):
@@ -288,7 +300,7 @@ def test_restoring_the_meta_weights_by_an_edit_is_exact(toy):
     edit = ("blocks.0.selfmod.k.hook_fast_w2", lambda t, hook: meta.expand_as(t))
     with torch.no_grad():
         state = toy.run_with_hooks(TOKENS, fwd_hooks=[edit]).state
-    assert not state.layers[0].selfmod.groups[0].w2[:, 2].any()
+    assert not differences(toy.blocks[0].selfmod, state.layers[0].selfmod)[0].w2[:, 2].any()
 
 
 # -- the graph ----------------------------------------------------------------------------------------------------
@@ -311,7 +323,7 @@ def test_what_an_edit_cuts_out_is_a_constant(toy, name, cut, grad):
     expected = {m for m in MECHANISMS if "cms" not in m or m not in cut}
     if name.endswith("resid_post"):
         expected = {m for m in MECHANISMS if "selfmod" in m}
-    assert moved(out.state) == expected
+    assert moved(toy, out.state) == expected
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -320,7 +332,7 @@ def test_a_model_whose_last_output_is_zero_runs_and_learns_nothing_inside(toy, g
         out = toy.run_with_hooks(
             TOKENS, fwd_hooks=[("blocks.1.hook_resid_post", lambda t, hook: torch.zeros_like(t))]
         )
-    assert not any("cms" in m for m in moved(out.state))
+    assert not any("cms" in m for m in moved(toy, out.state))
     assert torch.allclose(out.losses, torch.full((B, T), 37.0).double().log())
 
 

@@ -30,21 +30,17 @@ def test_state(model, tokens):
     _, traces = reference_losses(model, tokens[0])
     for block, layer, trace in zip(model.blocks, state.layers, traces, strict=True):
         selfmod = block.selfmod
-        groups = (selfmod.group_names, selfmod.stacked(), layer.selfmod.groups) if selfmod else ((), (), ())
-        for names, meta, group in zip(*groups, strict=True):
+        groups = (selfmod.group_names, layer.selfmod.groups) if selfmod else ((), ())
+        for names, group in zip(*groups, strict=True):
             if group is None:
                 assert all(trace.fast[n][w] is trace.meta[n][w] for n in names for w in trace.meta[n])
                 continue
             vectors = [n for n in names if n not in ("eta", "alpha")]
             for i, name in enumerate(names):
-                full = meta.w2[i] + group.w2[0, i]
+                full = group.w2[0, i]
                 assert torch.allclose(full, trace.fast[name]["w2"], rtol=0, atol=1e-12), name
                 j = i - len(vectors)
-                w1 = (
-                    meta.w1[i] + group.w1[0, i]
-                    if j < 0
-                    else (meta.w1_scalar[j] + group.w1_scalar[0, j])[None]
-                )
+                w1 = group.w1[0, i] if j < 0 else group.w1_scalar[0, j][None]
                 assert torch.allclose(w1, trace.fast[name]["w1"], rtol=0, atol=1e-12), name
         levels = block.cms.level_list() if block.cms else []
         for level, held, fast in zip(levels, layer.cms, trace.cms_fast, strict=True):

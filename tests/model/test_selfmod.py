@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_toys import CONFIGS, TOY
+from model_toys import CONFIGS, TOY, differences
 from scipy.special import erf, expit
 
 from hopeprobe.model.config import MEMORIES, SCALAR_MEMORIES
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.memories import fast_weights, l2norm
+from hopeprobe.model.memories import l2norm
 from hopeprobe.model.reference import write_chunk
 
 B, T = 2, 32
@@ -191,11 +191,12 @@ def test_a_row_whose_gate_is_closed_does_not_move(name):
         out = model.run_with_hooks(
             TOKENS, fwd_hooks=[("*.selfmod.hook_write_gate", lambda g, hook: gate[:, : g.shape[1]])]
         )
-    for layer in out.state.layers:
-        for group in layer.selfmod.groups:
+    for block, layer in zip(model.blocks, out.state.layers, strict=True):
+        groups = differences(block.selfmod, layer.selfmod)
+        for group in groups:
             for t in group:
                 assert not t[1].any()
-        assert layer.selfmod.groups[0].w2[0].any()
+        assert groups[0].w2[0].any()
 
 
 def test_a_chunk_longer_than_the_tick_is_read_at_its_last_write():
@@ -206,11 +207,12 @@ def test_a_chunk_longer_than_the_tick_is_read_at_its_last_write():
         held = state.layers[0].selfmod
         assert held.pending[0].k.shape[1] == 8
         assert held.pending[1].k.shape[1] == 24
-        assert held.groups[0].w2.any()
-        assert not held.groups[1].w2.any()  # `memory` writes at 32
+        others, memory = differences(model.blocks[0].selfmod, held)
+        assert others.w2.any()
+        assert not memory.w2.any()  # `memory` writes at 32
         _, after = model.feed(state, TOKENS[:, 25:33])
         assert after.layers[0].selfmod.pending == (None, None)
-        assert after.layers[0].selfmod.groups[1].w2.any()
+        assert differences(model.blocks[0].selfmod, after.layers[0].selfmod)[1].w2.any()
 
 
 def test_a_key_that_is_zero_writes_no_association_and_no_nan():
@@ -220,7 +222,7 @@ def test_a_key_that_is_zero_writes_no_association_and_no_nan():
     with torch.no_grad():
         out = model.run_with_hooks(TOKENS, fwd_hooks=[("*.selfmod.hook_k", lambda k, hook: 0 * k)])
     assert out.losses.isfinite().all()
-    assert not out.state.layers[0].selfmod.groups[0].w2.any()
+    assert not differences(model.blocks[0].selfmod, out.state.layers[0].selfmod)[0].w2.any()
 
 
 @pytest.mark.parametrize("name", ["default", "long-chunks", "static-query"])
@@ -241,7 +243,7 @@ def test_stacking_keeps_every_memory_where_it_belongs(name):
                 assert torch.equal(w.skip[i - len(vectors)][None], memory.skip)
     fresh = selfmod.init_state(3)
     for w, group in zip(selfmod.stacked(), fresh.groups, strict=True):
-        for meta, full in zip(w, fast_weights(w, group), strict=True):
+        for meta, full in zip(w, group, strict=True):
             assert torch.equal(full, meta.expand(3, *meta.shape))
 
 
@@ -250,6 +252,8 @@ def test_the_proximal_step_is_the_smaller_one():
     near = HopeModel(TOY, seed=1, dtype=torch.float64)
     far = HopeModel(dataclasses.replace(TOY, proximal=False), seed=1, dtype=torch.float64)
     with torch.no_grad():
-        a, b = (m(TOKENS[:, :9]).state.layers[0].selfmod.groups[0] for m in (near, far))
+        a, b = (
+            differences(m.blocks[0].selfmod, m(TOKENS[:, :9]).state.layers[0].selfmod)[0] for m in (near, far)
+        )
     assert torch.equal(a.w2, b.w2)
     assert (a.w1.flatten(2).norm(dim=2) < b.w1.flatten(2).norm(dim=2)).all()

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import ndtr
 
-from hopeprobe.model.write import chunk_decay, gelu_slope, solve_errors
+from hopeprobe.model.write import errors, gelu_backward, prepare
 
 
 def loop(w, meta, k, eta, alpha, push):
@@ -23,11 +24,11 @@ def loop(w, meta, k, eta, alpha, push):
 
 def closed(w, meta, k, eta, alpha, push, towards_meta):
     k, eta, push = torch.tensor(k)[None], torch.tensor(eta)[None], torch.tensor(push)[None]
-    decay = chunk_decay(k, eta, torch.tensor(alpha)[None].log())
+    chunk = prepare(k, eta, torch.tensor(alpha)[None].log())
     w, meta = torch.tensor(w)[None], torch.tensor(meta)[None]
+    found = errors(chunk, eta, push, k @ w.mT, k @ meta.mT if towards_meta else None)
     moving = w - meta if towards_meta else w
-    errors = solve_errors(decay, eta, push, k @ meta.mT if towards_meta else None, k @ moving.mT)
-    new = decay.end[:, None, None] * moving - errors.mT @ (decay.to_end[..., None] * k)
+    new = chunk.end[:, None, None] * moving - found.mT @ chunk.keys
     return (new + meta if towards_meta else new)[0].numpy()
 
 
@@ -66,12 +67,11 @@ def test_a_strong_decay_over_a_long_chunk_stays_finite():
         torch.full((1, 512), 0.5, dtype=torch.float64),
         torch.full((1, 512), -4.6, dtype=torch.float64),
     )
-    decay = chunk_decay(k, eta, log_alpha)
-    errors = solve_errors(
-        decay, eta, torch.ones(1, 512, 3, dtype=torch.float64), None, torch.ones(1, 512, 3).double()
-    )
-    assert errors.isfinite().all()
-    assert (decay.to_end <= 1).all()
+    chunk = prepare(k, eta, log_alpha)
+    found = errors(chunk, eta, torch.ones(1, 512, 3).double(), torch.ones(1, 512, 3).double(), None)
+    assert found.isfinite().all()
+    assert chunk.keys.isfinite().all()
+    assert (chunk.to_end <= 1).all()
 
 
 def test_gradients_of_the_closed_form():
@@ -82,16 +82,20 @@ def test_gradients_of_the_closed_form():
     push = torch.randn(1, 5, 2, dtype=torch.float64).requires_grad_()
 
     def write(k, eta, log_alpha, push):
-        decay = chunk_decay(k, eta, log_alpha)
-        return solve_errors(decay, eta, push, None, k[..., :2]).mT @ (decay.to_end[..., None] * k)
+        chunk = prepare(k, eta, log_alpha)
+        return errors(chunk, eta, push, k[..., :2], None).mT @ chunk.keys
 
     assert torch.autograd.gradcheck(write, (k, eta, log_alpha, push))
 
 
-def test_gelu_slope_is_the_derivative():
+def test_the_gradient_of_gelu_and_its_own():
     z = torch.linspace(-6, 6, 201, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(z).sum(), z)
-    assert torch.allclose(gelu_slope(z), expected, atol=1e-14)
+    grad = torch.linspace(-1, 2, 201, dtype=torch.float64, requires_grad=True)
+    at = z.detach().numpy()
+    density = np.exp(-0.5 * at**2) / np.sqrt(2 * np.pi)
+    expected = grad.detach().numpy() * (ndtr(at) + at * density)
+    assert np.allclose(gelu_backward(grad, z).detach(), expected, rtol=0, atol=1e-14)
+    assert torch.autograd.gradcheck(gelu_backward, (grad[::20], z[::20]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32])
@@ -103,7 +107,7 @@ def test_single_precision_keeps_its_digits(dtype):
     push, w = rng.normal(size=(64, 16)), rng.normal(size=(16, 16))
     expected = loop(w, 0 * w, k, eta, alpha, push)
     single = [torch.tensor(x, dtype=dtype)[None] for x in (k, eta, alpha, push, w)]
-    decay = chunk_decay(single[0], single[1], single[2].log())
-    errors = solve_errors(decay, single[1], single[3], None, single[0] @ single[4].mT)
-    got = decay.end[:, None, None] * single[4] - errors.mT @ (decay.to_end[..., None] * single[0])
+    chunk = prepare(single[0], single[1], single[2].log())
+    found = errors(chunk, single[1], single[3], single[0] @ single[4].mT, None)
+    got = chunk.end[:, None, None] * single[4] - found.mT @ chunk.keys
     assert np.linalg.norm(got[0].numpy() - expected) <= 2e-6 * np.linalg.norm(expected)

@@ -41,16 +41,13 @@ def stream(ours, x):
     """Read and write in ticks of 8: the outputs, and the fast weights by memory."""
     import torch
 
-    from hopeprobe.model.memories import fast_weights
-
     weights, state, outputs = ours.stacked(), ours.init_state(len(x)), []
     for at in range(0, x.shape[1], 8):
         out, made = ours.read(x[:, at : at + 8], weights, state)
         outputs.append(out)
         state = ours.write(weights, state, made, torch.ones(len(x), 8, dtype=x.dtype))
     fast = {}
-    for names, meta, group in zip(ours.group_names, weights, state.groups, strict=True):
-        now = fast_weights(meta, group)
+    for names, now in zip(ours.group_names, state.groups, strict=True):
         vectors = now.w1.shape[1]
         for i, name in enumerate(names):
             w1 = now.w1[:, i] if i < vectors else now.w1_scalar[:, i - vectors, None]
