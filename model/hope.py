@@ -25,6 +25,7 @@ from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable,
 from hopeprobe.model.memories import Generated, Weights
 from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.state import LayerState, State, detach_state, map_state
+from hopeprobe.model.thin import sealed
 from hopeprobe.model.titans import Made, Titans
 
 
@@ -146,6 +147,11 @@ def _ours(state: State) -> State:
     return state if torch.is_grad_enabled() else map_state(Tensor.clone, state)
 
 
+def _sealed(state: State) -> State:
+    """What a caller gets: gradients of its tensors are autograd's own (`thin.py`)."""
+    return map_state(sealed, state) if torch.is_grad_enabled() else state
+
+
 class HopeModel(Hooked, nn.Module):
     """A HOPE model, or another variant of `variants.py`, with named hook points.
 
@@ -220,7 +226,7 @@ class HopeModel(Hooked, nn.Module):
         targets = torch.cat([tokens[:, 1:], next_token[:, None]], dim=1)
         kept = self._keeping(targets)
         tick, after = self._tick(self._prepared(), state, F.embedding(tokens, self.embed), targets, kept)
-        return self._differentiable([tick], [targets], kept), after
+        return self._differentiable([tick], [targets], kept), _sealed(after)
 
     def _tick(
         self,
@@ -369,7 +375,7 @@ class HopeModel(Hooked, nn.Module):
             x = embedded[:, start:stop]
             tick, state = self._tick(prepared, state, x, tick_targets[-1], kept, donated=True)
             ticks.append(tick)
-        return Output(self._differentiable(ticks, tick_targets, kept), targets >= 0, state)
+        return Output(self._differentiable(ticks, tick_targets, kept), targets >= 0, _sealed(state))
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -395,7 +401,7 @@ class HopeModel(Hooked, nn.Module):
         state = state._replace(pending=waiting)
         if not ticks:
             return self.embed.new_empty(tokens.shape[0], 0), state
-        return self._differentiable(ticks, targets, kept), state
+        return self._differentiable(ticks, targets, kept), _sealed(state)
 
     def finalize(self, state: State) -> Tensor:
         """Losses (B, n - 1) of the n tokens still pending; the last token has no target and no loss."""

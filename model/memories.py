@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopeprobe.model.state import MemoryState
+from hopeprobe.model.thin import attach, times, times_each
 
 #: Guards the division in l2norm; the public reproduction uses the same value.
 NORM_EPS = 1e-6
@@ -63,25 +64,27 @@ class Generated(NamedTuple):
     fast: tuple[Weights, ...]  # of each group, (B, ...)
 
 
-def rows_times(x: Tensor, w: Tensor) -> Tensor:
-    """X W^T of few rows (B, 8, d) and tall matrices (B, out, d): half the time of `x @ w.mT`; from 16 rows on, more."""
-    return (w @ x.mT).mT.contiguous()
+def answer(x: Tensor, w2: Tensor, w1: Tensor, i: int) -> Tensor:
+    """M_i(x) of one vector memory, (B, n, d); stacks of weights (B, m, h, d) and (B, mv, d, h)."""
+    one = slice(i, i + 1)
+    return answered(x, F.gelu(times(x, w2, one).squeeze(2)), w1, i)
 
 
-def answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
-    """M(x) of one vector memory, (B, n, d); its weights (B, h, d) and (B, d, h)."""
-    return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
+def answered(x: Tensor, hidden: Tensor, w1: Tensor, i: int) -> Tensor:
+    """The second half of that: x + W1_i hidden."""
+    if torch.is_grad_enabled() and w1.requires_grad:
+        return x + times_each(hidden, w1, slice(i, i + 1))
+    return torch.baddbmm(x, hidden, w1[:, i].mT)
 
 
 def read_group(x: Tensor, w: Weights) -> Reading:
     """Every memory of a group at n inputs (B, n, d); its weights with a leading batch."""
-    batch, n, _ = x.shape
-    m, h = w.w2.shape[1:3]
-    n_vector = w.w1.shape[1]
-    pre = (x @ w.w2.flatten(1, 2).mT).view(batch, n, m, h)
+    n_vector, n_scalar = w.w1.shape[1], w.w1_scalar.shape[1]
+    pre = times(x, w.w2)
     hidden = F.gelu(pre)
-    of_vectors, of_scalars = hidden.split_with_sizes([n_vector, m - n_vector], dim=2)
-    vector = of_vectors.transpose(1, 2) @ w.w1.mT + x[:, None]
+    of_vectors, of_scalars = hidden.split_with_sizes([n_vector, n_scalar], dim=2)
+    rows = of_vectors.transpose(1, 2).flatten(0, 1)
+    vector = times_each(rows, w.w1).unflatten(0, (-1, n_vector)) + x[:, None]
     scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
     return Reading(pre, hidden, vector, scalar)
 
@@ -92,14 +95,21 @@ def attached(meta: Weights, state: MemoryState) -> Weights:
     Where a state is outside the graph (fresh, cut, or written under `stop`) its difference to the meta weights counts
     as a constant, so that the outer gradient still reaches them.
     """
+
+    def small(base: Tensor, fast: Tensor) -> Tensor:
+        return fast if fast.requires_grad else fast + (base - base.detach())
+
+    if not meta.w2.requires_grad:
+        return Weights(*state)
     return Weights(
-        *(
-            fast if fast.requires_grad or not base.requires_grad else fast + (base - base.detach())
-            for base, fast in zip(meta, state, strict=True)
-        )
+        state.w2 if state.w2.requires_grad else attach(meta.w2, state.w2, shared=True),
+        state.w1 if state.w1.requires_grad else attach(meta.w1, state.w1, shared=False),
+        small(meta.w1_scalar, state.w1_scalar),
+        small(meta.skip, state.skip),
     )
 
 
 def repeated(meta: Weights, batch: int) -> Weights:
     """The same for memories that are never written: meta weights, for each of the batch, without a copy."""
-    return Weights(*(base.expand(batch, *base.shape) for base in meta))
+    still = MemoryState(*(base.detach().expand(batch, *base.shape) for base in meta))
+    return attached(meta, still) if torch.is_grad_enabled() else Weights(*still)

@@ -6,6 +6,7 @@ what one of them is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -21,14 +22,22 @@ from hopeprobe.model.memories import (
     Reading,
     Weights,
     answer,
+    answered,
     attached,
     l2norm,
     read_group,
     repeated,
-    rows_times,
 )
 from hopeprobe.model.state import MemoryState, Pending, SelfModState
+from hopeprobe.model.thin import back_each, decay_and_write, times
 from hopeprobe.model.write import errors, gelu_backward, prepare
+
+#: Of a write in place, over its rows: at 64 tokens a chunk, four rows at once take three quarters of eight's time.
+_TOKENS_AT_ONCE = 256
+
+
+def _by_rows(tensors: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(t.split(rows) for t in tensors), strict=True)
 
 
 class SelfMod(nn.Module):
@@ -146,36 +155,27 @@ class SelfMod(nn.Module):
             repeated(meta, len(x)) if group is None else attached(meta, group) if outer else Weights(*group)
             for meta, group in zip(weights, state.groups, strict=True)
         )
-        others = fast[0]
-        # Besides k and v, the vector memories that are read alone: `memory` where it writes with the others, and q.
-        # Taken apart by split and unbind, whose backward is one pass; a slice each would fill the whole with zeros.
-        alone = others.w1.shape[1] - 2
-        *w2_alone, w2_generators = others.w2.split_with_sizes([1] * alone + [4], dim=1)
-        w1 = others.w1.unbind(1)
-        q = answer(u, w2_alone[-1].squeeze(1), w1[alone - 1]) if self.w_q is None else u @ self.w_q.mT
+        together = len(fast) == 1  # `memory` is the first of the group it writes with
+        generators, at = fast[0], int(together)
+        q = answer(u, generators.w2, generators.w1, at) if self.w_q is None else u @ self.w_q.mT
         q = self.hook_q(l2norm(q))
-        if len(fast) == 1:
-            out = answer(q, w2_alone[0].squeeze(1), w1[0])
-        else:
-            out = answer(q, fast[-1].w2.squeeze(1), fast[-1].w1.squeeze(1))
+        out = answer(q, fast[-1].w2, fast[-1].w1, 0)
         out = self.hook_out(out)
         if not self.written:
             nothing = x[:, :0]
             return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast)
         with torch.set_grad_enabled(outer):
-            made = Generated(*self._generate(u, others, w2_generators, w1[-2:]), tail=tail, fast=fast)
+            made = Generated(*self._generate(u, generators), tail=tail, fast=fast)
             self._observe_losses(made)
         return out, made
 
-    def _generate(
-        self, u: Tensor, w: Weights, w2: Tensor, w1: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """k, v, eta and alpha: `w2` (B, 4, h, d) of these four, `w1` (B, d, h) of k and of v."""
-        batch, n, d = u.shape
-        hidden = F.gelu(rows_times(u, w2.flatten(1, 2)).view(batch, n, 4, d))
+    def _generate(self, u: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, eta and alpha, the last four of a group of w.w1.shape[1] + 2."""
+        n_vector = w.w1.shape[1]
+        hidden = F.gelu(times(u, w.w2, slice(n_vector - 2, None)))
         hidden_k, hidden_v, hidden_scalar = hidden.split_with_sizes([1, 1, 2], dim=2)
-        k = torch.baddbmm(u, hidden_k.squeeze(2), w1[0].mT)
-        v = torch.baddbmm(u, hidden_v.squeeze(2), w1[1].mT)
+        k = answered(u, hidden_k.squeeze(2), w.w1, n_vector - 2)
+        v = answered(u, hidden_v.squeeze(2), w.w1, n_vector - 1)
         scalar = (hidden_scalar * w.w1_scalar[:, None]).sum(-1) + u @ w.skip.mT
         raw_eta, raw_alpha = scalar.unbind(-1)
         if self.eta_bias is not None:
@@ -273,10 +273,23 @@ class SelfMod(nn.Module):
                 groups.append(group)  # every gate closed: exactly nothing, and no work
                 pending.append(None)
                 continue
-            written = self._write_group(weights[i], made.fast[i], tokens, donated)
+            written = self._write_rows(weights[i], made.fast[i], tokens, donated)
             groups.append(self._fire_fast(self.group_names[i], written))
             pending.append(None)
         return SelfModState(tuple(groups), tuple(pending), made.tail)
+
+    def _write_rows(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
+        """In place a few rows after another: a long chunk's intermediates, and its weights, then stay in the cache."""
+        rows = max(1, _TOKENS_AT_ONCE // tokens.k.shape[1])
+        if not donated or len(tokens.k) <= rows or tokens.k.is_cuda:
+            return self._write_group(meta, fast, tokens, donated)
+        parts = [
+            self._write_group(meta, Weights(*weights), Pending(*some), donated)
+            for weights, some in zip(_by_rows(fast, rows), _by_rows(tokens, rows), strict=True)
+        ]
+        return MemoryState(
+            fast.w2, fast.w1, torch.cat([p.w1_scalar for p in parts]), torch.cat([p.skip for p in parts])
+        )
 
     def _write_group(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         k, v, eta, log_alpha = tokens
@@ -287,9 +300,9 @@ class SelfMod(nn.Module):
         sizes = [slope.shape[1], slope_scalar.shape[2]]
         hidden_vector, hidden_scalar = hidden.split_with_sizes(sizes, dim=2)
 
-        back = torch.cat(
-            [(slope @ fast.w1).transpose(1, 2), slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2
-        )
+        rows = slope.flatten(0, 1)
+        back = back_each(rows, fast.w1).view_as(slope).transpose(1, 2)
+        back = torch.cat([back, slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2)
         chunk = prepare(k, eta, log_alpha)
         meta_w2 = meta_skip = None
         if self.config.decay_target == "init":
@@ -303,22 +316,20 @@ class SelfMod(nn.Module):
             step = step / (1.0 + step * hidden.square().sum(-1))
         step = step * chunk.to_end[..., None]
         step_vector, step_scalar = step.split_with_sizes(sizes, dim=2)
-        pushed = (step_vector.transpose(1, 2)[..., None] * slope).flatten(0, 1)
+        pushed = step_vector.transpose(1, 2).flatten(0, 1)[..., None] * rows
         activation = hidden_vector.transpose(1, 2).flatten(0, 1)
         w1_scalar_term = ((step_scalar * slope_scalar)[..., None] * hidden_scalar).sum(1)
 
         def decayed(now: Tensor, base: Tensor) -> Tensor:
-            end = chunk.end.view(-1, *(1,) * (now.ndim - 1))
-            if self.config.decay_target == "init":
-                return torch.lerp(base, now, end, out=now) if donated else torch.lerp(base, now, end)
-            return now.mul_(end) if donated else end * now
+            end = chunk.end[:, None, None]
+            return torch.lerp(base, now, end) if self.config.decay_target == "init" else end * now
 
-        # In place on `decayed`, which is ours: subtracting a product of thin factors is one pass over the weights.
-        w2 = decayed(fast.w2, meta.w2).flatten(1, 2).baddbmm_(errors_w2.mT, chunk.keys, alpha=-1)
-        w1 = decayed(fast.w1, meta.w1).flatten(0, 1).baddbmm_(pushed.mT, activation, alpha=-1)
-        skip = decayed(fast.skip, meta.skip).baddbmm_(errors_skip.mT, chunk.keys, alpha=-1)
+        to = (meta.w2, meta.w1) if self.config.decay_target == "init" else (None, None)
+        w2 = decay_and_write(fast.w2, to[0], chunk.end, errors_w2, chunk.keys, shared=True, donated=donated)
+        w1 = decay_and_write(fast.w1, to[1], chunk.end, pushed, activation, shared=False, donated=donated)
+        skip = torch.baddbmm(decayed(fast.skip, meta.skip), errors_skip.mT, chunk.keys, alpha=-1)
         w1_scalar = decayed(fast.w1_scalar, meta.w1_scalar) - w1_scalar_term
-        return MemoryState(w2.view_as(fast.w2), w1.view_as(fast.w1), w1_scalar, skip)
+        return MemoryState(w2, w1, w1_scalar, skip)
 
     def _fire_fast(self, names: tuple[str, ...], state: MemoryState) -> MemoryState:
         """Show the written fast weights to their hooks; an edit goes into the state."""

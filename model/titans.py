@@ -25,7 +25,7 @@ from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.memories import Memory, answer, l2norm
+from hopeprobe.model.memories import Memory, l2norm
 from hopeprobe.model.state import AttentionState, TitansState
 from hopeprobe.model.write import gelu_backward
 
@@ -149,7 +149,7 @@ class Titans(nn.Module):
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         w2, w1 = self.memory.w2 + state.w2, self.memory.w1 + state.w1
-        out = answer(self.hook_q(l2norm(u @ self.w_q.mT)), w2, w1)
+        out = _answer(self.hook_q(l2norm(u @ self.w_q.mT)), w2, w1)
         if self.attention is not None:
             if seen is None:
                 raise ValueError("a Titans layer with attention reads with attention's cache")
@@ -172,7 +172,7 @@ class Titans(nn.Module):
                 w1,
             )
             if self.hook_assoc.active:
-                self.hook_assoc(0.5 * (answer(k, w2, w1) - v).square().sum(-1))
+                self.hook_assoc(0.5 * (_answer(k, w2, w1) - v).square().sum(-1))
         return out, made, seen
 
     def write(self, state: TitansState, made: Made, gate: Tensor) -> TitansState:
@@ -205,6 +205,11 @@ class Titans(nn.Module):
             s2=s2,
             s1=s1,
         )
+
+
+def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
+    """M(x), (B, n, d); weights (B, h, d) and (B, d, h)."""
+    return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
 
 
 def _shown(point: HookPoint, meta: Tensor, change: Tensor) -> Tensor:
