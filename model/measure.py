@@ -77,7 +77,7 @@ def norm_ratio(model: HopeModel, state: State) -> float:
         titans = cast(Block, model.blocks[i]).titans
         if titans is not None and layer.titans is not None:
             pairs = ((titans.memory.w2, layer.titans.w2), (titans.memory.w1, layer.titans.w1))
-            size = torch.stack([(base + delta).square().sum((1, 2)) for base, delta in pairs]).sum(0)
+            size = torch.stack([now.square().sum((1, 2)) for _, now in pairs]).sum(0)
             ratios.append((size / sum(base.square().sum() for base, _ in pairs)).sqrt().mean())
         selfmod = cast(Block, model.blocks[i]).selfmod
         if selfmod is None or layer.selfmod is None:

@@ -118,7 +118,7 @@ class AttentionState(NamedTuple):
 
 
 class TitansState(NamedTuple):
-    """Fast weights minus meta weights of a Titans memory, and their momentum."""
+    """Fast weights of a Titans memory, and their momentum."""
 
     w2: Tensor  # (B, h, d)
     w1: Tensor  # (B, d, h)

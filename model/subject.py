@@ -18,7 +18,8 @@ from hopeprobe.model.init import digest
 from hopeprobe.model.measure import close, freeze_hooks, write_gates
 from hopeprobe.model.memories import Memory
 from hopeprobe.model.selfmod import SelfMod
-from hopeprobe.model.state import Change, MemoryState, State, average_rows, map_state, select_rows
+from hopeprobe.model.state import Change, MemoryState, State, average_rows, select_rows
+from hopeprobe.model.titans import Titans
 from hopeprobe.subject import MissingCapability, Subject, WindowLosses
 
 
@@ -114,7 +115,11 @@ class HopeSubject(Subject):
             )
             titans = layer.titans
             if titans is not None:
-                titans = map_state(lambda t: fn(t, nothing), titans)._replace(conv_tail=titans.conv_tail)
+                memory = cast(Titans, self._block(i).titans).memory
+                titans = titans._replace(
+                    w2=fn(titans.w2, memory.w2), w1=fn(titans.w1, memory.w1),
+                    s2=fn(titans.s2, nothing), s1=fn(titans.s1, nothing),
+                )  # fmt: skip
             layers.append(layer._replace(selfmod=selfmod, cms=cms, titans=titans))
         return state._replace(layers=tuple(layers))
 

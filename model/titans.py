@@ -133,9 +133,10 @@ class Titans(nn.Module):
         self.hook_w2 = point("memory.hook_fast_w2", "batch out in", rule, cadence="write")
 
     def init_state(self, batch: int) -> TitansState:
-        """Fresh state: fast weights equal to the meta weights, no momentum, nothing seen."""
+        """Fresh state: fast weights equal to the meta weights as they are now, no momentum, nothing seen."""
         d = self.config.dim
-        w2, w1, s2, s1 = (self.conv.new_zeros(batch, d, d) for _ in range(4))
+        w2, w1 = (w.detach().repeat(batch, 1, 1) for w in (self.memory.w2, self.memory.w1))
+        s2, s1 = (self.conv.new_zeros(batch, d, d) for _ in range(2))
         return TitansState(w2, w1, s2, s1, self.conv.new_zeros(batch, self.config.conv_width - 1, d))
 
     def read(
@@ -148,7 +149,10 @@ class Titans(nn.Module):
         window = torch.cat([state.conv_tail, x], dim=1)
         u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
-        w2, w1 = self.memory.w2 + state.w2, self.memory.w1 + state.w1
+        outer = outer and torch.is_grad_enabled()
+        w2, w1 = state.w2, state.w1
+        if outer:
+            w2, w1 = _attached(self.memory.w2, w2), _attached(self.memory.w1, w1)
         out = _answer(self.hook_q(l2norm(u @ self.w_q.mT)), w2, w1)
         if self.attention is not None:
             if seen is None:
@@ -156,7 +160,7 @@ class Titans(nn.Module):
             mixed, seen = self.attention.read(x, seen, position)
             out = mixed * torch.sigmoid(self.norm(out))
         out = self.hook_out(out)
-        with torch.set_grad_enabled(outer and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(outer):
             v = u @ self.w_v.mT
             k = self.hook_k(l2norm(u @ self.w_k.mT))
             v = self.hook_v(l2norm(v) if self.config.normalise_value else v)
@@ -175,8 +179,15 @@ class Titans(nn.Module):
                 self.hook_assoc(0.5 * (_answer(k, w2, w1) - v).square().sum(-1))
         return out, made, seen
 
-    def write(self, state: TitansState, made: Made, gate: Tensor) -> TitansState:
-        """Write a tick, which is a chunk: the state after it. gate: (B, C), 0 drops a token exactly."""
+    def write(self, state: TitansState, made: Made, gate: Tensor, donated: bool = False) -> TitansState:
+        """Write a tick, which is a chunk: the state after it.
+
+        Args:
+            state: as the tick read it.
+            made: by `read`.
+            gate: (B, C); 0 drops a token exactly.
+            donated: nobody needs `state` any more, and no graph does: it is overwritten.
+        """
         gate = self.hook_write_gate(gate)
         moved = state._replace(conv_tail=made.tail)
         if not gate.is_cuda and not bool(gate.any()):
@@ -187,24 +198,44 @@ class Titans(nn.Module):
         slope = made.k + hidden @ made.w1.mT - made.v  # dL/dM(k)
         back = gelu_backward(slope @ made.w1, pre)
 
-        def written(
-            change: Tensor, held: Tensor, meta: Tensor, left: Tensor, right: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            per_row = (-1, 1, 1)
-            kept, carried, leaves = (c.view(per_row) for c in (sums.kept, sums.carried, sums.left))
-            new = kept * change + carried * held - (sums.weight[..., None] * left).mT @ right
-            if self.config.decay_target == "zero":
-                new = new + (kept - 1.0) * meta
-            return new, leaves * held - (sums.weight_s[..., None] * left).mT @ right
-
-        w2, s2 = written(state.w2, state.s2, self.memory.w2, back, made.k)
-        w1, s1 = written(state.w1, state.s1, self.memory.w1, slope, hidden)
-        return moved._replace(
-            w2=_shown(self.hook_w2, self.memory.w2, w2),
-            w1=_shown(self.hook_w1, self.memory.w1, w1),
-            s2=s2,
-            s1=s1,
+        parts = (
+            (state.w2, state.s2, made.w2, self.memory.w2, back, made.k),
+            (state.w1, state.s1, made.w1, self.memory.w1, slope, hidden),
         )
+        (w2, s2), (w1, s1) = (
+            _written(sums, now if donated else read, held, meta if self.config.decay_target == "init" else None,
+                     left, right, donated)
+            for now, held, read, meta, left, right in parts
+        )  # fmt: skip
+        return moved._replace(w2=_shown(self.hook_w2, w2), w1=_shown(self.hook_w1, w1), s2=s2, s1=s1)
+
+
+def _written(
+    sums: ChunkSums,
+    now: Tensor,
+    held: Tensor,
+    meta: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    donated: bool,
+) -> tuple[Tensor, Tensor]:
+    """One matrix (B, out, in) and its momentum after a chunk whose gradients are left^T right; `donated`: in place."""
+    kept, carried, leaves = (c.view(-1, 1, 1) for c in (sums.kept, sums.carried, sums.left))
+    if donated:
+        new = now.mul_(kept) if meta is None else torch.lerp(meta, now, kept, out=now)
+        new.addcmul_(held, carried)
+        momentum = held.mul_(leaves)
+    else:
+        new = torch.addcmul(now * kept if meta is None else torch.lerp(meta, now, kept), held, carried)
+        momentum = held * leaves
+    # In place, as both are ours by now.
+    new.baddbmm_((sums.weight[..., None] * left).mT, right, alpha=-1)
+    return new, momentum.baddbmm_((sums.weight_s[..., None] * left).mT, right, alpha=-1)
+
+
+def _attached(meta: Tensor, now: Tensor) -> Tensor:
+    """Fast weights in the graph of their meta weights; see `memories.attached`."""
+    return now if now.requires_grad or not meta.requires_grad else now + (meta - meta.detach())
 
 
 def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
@@ -212,14 +243,10 @@ def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
     return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
 
 
-def _shown(point: HookPoint, meta: Tensor, change: Tensor) -> Tensor:
-    """Show meta + change to a hook; only an edit may move the change, by so much as a rounding."""
+def _shown(point: HookPoint, now: Tensor) -> Tensor:
+    """Show written weights to a hook; an edit is the state. A copy: the next write may overwrite them."""
     if not point.active:
-        return change
-    full = meta + change
-    edited = point(full)
-    if edited is full:
-        return change
-    if edited.data_ptr() == full.data_ptr():  # a backward hook's view
-        return change + (edited - full)
-    return edited - meta
+        return now
+    shown = now.clone()
+    edited = point(shown)
+    return now if edited is shown else edited

@@ -7,7 +7,7 @@ from scipy.special import erf
 
 from hopeprobe.model.config import MEMORIES
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.memories import answer, attached, l2norm, read_group, repeated, rows_times
+from hopeprobe.model.memories import answer, attached, l2norm, read_group, repeated
 
 
 def gelu(x):
@@ -27,8 +27,11 @@ def test_a_group_answers_as_its_memories_do():
         np.testing.assert_allclose(found.hidden[:, :, i], hidden, atol=1e-14)
         if memory.skip is None:
             np.testing.assert_allclose(found.vector[:, i], x.numpy() + hidden @ w1.T, atol=1e-14)
-            alone = answer(x, memory.w2.expand(3, 8, 8), memory.w1.expand(3, 8, 8)).detach()
-            np.testing.assert_allclose(alone, found.vector[:, i], atol=1e-14)
+            still = repeated(meta, 3)
+            for gradients in (False, True):
+                with torch.set_grad_enabled(gradients):
+                    alone = answer(x, still.w2, still.w1, i).detach()
+                np.testing.assert_allclose(alone, found.vector[:, i], atol=1e-14)
         else:
             expected = x.numpy() @ memory.skip.detach().numpy().T + hidden @ w1.T
             np.testing.assert_allclose(found.scalar[..., i - 4], expected[..., 0], atol=1e-14)
@@ -38,9 +41,13 @@ def test_weights_that_are_never_written_are_those_of_a_fresh_state_without_a_cop
     model = HopeModel(TOY, seed=1)
     selfmod = model.blocks[0].selfmod
     for meta, group in zip(selfmod.stacked(), selfmod.init_state(4).groups, strict=True):
-        still = repeated(meta, 4)
-        assert all(torch.equal(a, b) for a, b in zip(still, group, strict=True))
-        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(still, meta, strict=True))
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                still = repeated(meta, 4)
+            assert all(torch.equal(a, b) for a, b in zip(still, group, strict=True))
+            assert all(t.requires_grad == gradients for t in still)
+            assert still.w2.data_ptr() == meta.w2.data_ptr()
+            assert still.w1.data_ptr() == meta.w1.data_ptr()
 
 
 def test_a_state_outside_the_graph_is_meta_weights_plus_a_constant():
@@ -56,12 +63,6 @@ def test_a_state_outside_the_graph_is_meta_weights_plus_a_constant():
     with torch.no_grad():
         still = type(meta)(*(w.detach() for w in meta))
     assert all(a is b for a, b in zip(attached(still, moved), moved, strict=True))
-
-
-def test_few_rows_times_tall_matrices():
-    x, w = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 7, 4, dtype=torch.float64)
-    torch.testing.assert_close(rows_times(x, w), x @ w.mT)
-    assert rows_times(x, w).is_contiguous()
 
 
 def test_l2norm_of_nothing_is_nothing():

@@ -137,6 +137,15 @@ def test_second_derivatives_are_refused_and_not_wrong():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_the_shape_of_a_product_does_not_change_its_value(rows):
+    """Few rows of tall matrices are multiplied the other way round."""
+    x, w = draw(B, rows, IN, seed=1), draw(B, M, OUT, IN, seed=2)
+    found = times(x, w)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, torch.einsum("bni,bmoi->bnmo", x, w))
+
+
 def test_in_place_only_where_it_is_given_away():
     given = {name: t.detach() for name, t in inputs().items()}
     step = (given["meta"], given["end"], given["left_shared"], given["right_shared"])

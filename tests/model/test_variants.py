@@ -87,7 +87,7 @@ def test_it_writes_what_it_says_and_nothing_else(variant, tokens):
         assert levels == WRITTEN[variant] & LEVELS
         groups = layer.selfmod.groups if layer.selfmod else ()
         assert any(group is not None for group in groups) == bool(WRITTEN[variant] & ALL)
-        assert (layer.titans is not None and bool(layer.titans.w1.any())) == (variant == "titans")
+        assert (layer.titans is not None and bool(layer.titans.s1.any())) == (variant == "titans")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
