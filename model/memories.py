@@ -24,6 +24,16 @@ def l2norm(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=NORM_EPS)
 
 
+def convolved(window: Tensor, kernel: Tensor) -> Tensor:
+    """Causal depthwise convolution of (B, width - 1 + n, d) with a kernel (d, width), now its last tap: (B, n, d)."""
+    width = kernel.shape[1]
+    n = window.shape[1] - width + 1
+    out = window[:, width - 1 :] * kernel[:, -1]
+    for i in range(width - 1):
+        out = torch.addcmul(out, window[:, i : i + n], kernel[:, i])
+    return out
+
+
 class Memory(nn.Module):
     """Meta weights of one memory: what its fast weights start from and, by default, decay towards."""
 

@@ -6,6 +6,7 @@ what one of them is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -24,6 +25,7 @@ from hopeprobe.model.memories import (
     answer,
     answered,
     attached,
+    convolved,
     l2norm,
     read_group,
     repeated,
@@ -34,6 +36,9 @@ from hopeprobe.model.write import errors, gelu_backward, prepare
 
 #: Of a write in place, over its rows: at 64 tokens a chunk, four rows at once take three quarters of eight's time.
 _TOKENS_AT_ONCE = 256
+
+#: Of a layer on its own: numbers of fast weights, 9 MiB in float32 (four rows at d = 256).
+_WEIGHTS_AT_ONCE = 9 * 2**18
 
 
 def _by_rows(tensors: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
@@ -149,7 +154,7 @@ class SelfMod(nn.Module):
         """
         outer = outer and torch.is_grad_enabled()
         window = torch.cat([state.conv_tail, x], dim=1)
-        u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
+        u = convolved(window, self.conv)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         fast = tuple(
             repeated(meta, len(x)) if group is None else attached(meta, group) if outer else Weights(*group)
@@ -230,6 +235,29 @@ class SelfMod(nn.Module):
         if self.config.objective == "dot":
             return -target
         return (predicted - target) * (1.0 if self.config.objective == "half-l2" else 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A layer on its own: read (B, T, d) from a fresh state and write every token, (B, T, d).
+
+        Chunks that T does not complete are read and not written. Without an outer gradient the rows go a few after
+        another, so that their fast weights stay in the cache from tick to tick.
+        """
+        rows = max(1, _WEIGHTS_AT_ONCE // sum(w.numel() for group in self.stacked() for w in group))
+        if torch.is_grad_enabled() or x.is_cuda or len(x) <= rows:
+            return self._stream(x)
+        return torch.cat([self._stream(some) for some in x.split(rows)])
+
+    def _stream(self, x: Tensor) -> Tensor:
+        tick = math.gcd(*(chunk for chunk in self.group_chunks if chunk is not None)) or x.shape[1]
+        weights, state, outputs = self.stacked(), self.init_state(len(x)), []
+        for part in x.split(tick, dim=1):
+            out, made = self.read(part, weights, state)
+            outputs.append(out)
+            if part.shape[1] == tick:
+                state = self.write(
+                    weights, state, made, part.new_ones(part.shape[:2]), not torch.is_grad_enabled()
+                )
+        return torch.cat(outputs, 1)
 
     def write(
         self,

@@ -25,7 +25,7 @@ from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.memories import Memory, l2norm
+from hopeprobe.model.memories import Memory, convolved, l2norm
 from hopeprobe.model.state import AttentionState, TitansState
 from hopeprobe.model.write import gelu_backward
 
@@ -147,7 +147,7 @@ class Titans(nn.Module):
         `outer` False says that no outer gradient will be taken.
         """
         window = torch.cat([state.conv_tail, x], dim=1)
-        u = (window.unfold(1, self.config.conv_width, 1) * self.conv).sum(-1)
+        u = convolved(window, self.conv)
         tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
         outer = outer and torch.is_grad_enabled()
         w2, w1 = state.w2, state.w1

@@ -37,14 +37,13 @@ def prepare(k: Tensor, eta: Tensor, log_alpha: Tensor) -> Chunk:
     """Prepare a chunk from k (B, C, d), eta (B, C) >= 0 and log alpha (B, C) <= 0, both after the write gate."""
     log_gamma = log_alpha.cumsum(-1)
     log_before = log_gamma - log_alpha
-    # The upper triangle would overflow: it is zeroed before the exponential, and again after.
+    # The upper triangle would overflow; of the system only what is below its diagonal is ever looked at.
     ratio = (log_before[:, :, None] - log_gamma[:, None, :]).tril(-1).exp()
-    coupling = (eta[:, :, None] * ratio * (k @ k.mT)).tril(-1)
-    system = coupling + torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
+    below = eta[:, :, None] * ratio * (k @ k.mT)
     last = log_gamma[:, -1:]
     to_end = (last - log_gamma).exp()
     keys: Tensor = torch.linalg.solve_triangular(
-        system.mT, to_end[..., None] * k, upper=True, unitriangular=True
+        below.mT, to_end[..., None] * k, upper=True, unitriangular=True
     )
     return Chunk(keys, log_before.exp(), to_end, last[:, 0].exp())
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,18 +95,37 @@ def threads(n: int) -> Iterator[None]:
 
 
 def peak_bytes(module: str, work: str) -> int:
-    """What `work` of a benchmark module adds to the peak memory of a fresh process that has imported and built it."""
+    """What `work` of a benchmark module adds at most to what a fresh process holds that has built it (Linux)."""
     script = (
-        "import sys, json, resource; sys.path.insert(0, sys.argv[1]);"
-        "import importlib; work = importlib.import_module(sys.argv[2]).WORKS[sys.argv[3]]();"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; work();"
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"
+        "import sys; sys.path.insert(0, sys.argv[1]); import importlib, clock;"
+        "print(clock.watched(importlib.import_module(sys.argv[2]).WORKS[sys.argv[3]]()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(HERE), module, work], capture_output=True, text=True, check=True
     )
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return int(json.loads(done.stdout)) * unit
+    return int(done.stdout)
+
+
+def watched(work: Callable[[], object]) -> int:
+    """The most that memory held grew by while `work` ran, looked at every millisecond."""
+
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    done, before, seen = threading.Event(), held(), [0]
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            seen.append(held())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(seen) - before
 
 
 def own_peak() -> int:
