@@ -50,7 +50,7 @@ def demo(
     out: Annotated[
         Path, typer.Option("--out", help="Folder for the run, the tables and the figures.")
     ] = Path("hopeprobe-demo"),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 80,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 60,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
 ) -> None:
     """Train a tiny HOPE on text that ships with Python, measure it beside its nulls, save tables and figures."""

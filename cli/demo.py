@@ -39,7 +39,7 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
         seed=seed,
         learning_rate=PRESET_LEARNING_RATE["tiny"],
         checkpoint_every=max(steps, 1),
-        eval_every=max(1, steps // 2),
+        eval_every=steps,
         warmup=min(10, steps),
         eval_tokens=4096,
     )

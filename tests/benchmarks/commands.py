@@ -29,7 +29,7 @@ def rows(environment: Path, turns: int, demo: bool) -> list[Row]:
         if name == "hopeprobe demo" and not demo:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            whole = [str(environment / command[0]), *command[1:]]
+            whole = [str(environment.absolute() / command[0]), *command[1:]]
             repeats = 1 if name == "hopeprobe demo" else 3 * turns
             if repeats > 1:
                 _run(whole, folder, folder)
