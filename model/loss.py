@@ -99,12 +99,13 @@ class _Losses(torch.autograd.Function):
         grad_table = None
         if ctx.needs_input_grad[1]:
             weighted = torch.where(target >= 0, upstream, 0.0)[:, None] * hidden
-            grad_table = torch.zeros_like(table)
             start = 0
             for weights, norm in ctx.kept or _again(hidden, table):
                 stop = start + norm.shape[0]
-                grad_table.addmm_(weights, weighted[start:stop] / norm[:, None])
+                rows = weighted[start:stop] / norm[:, None]
+                grad_table = weights @ rows if grad_table is None else grad_table.addmm_(weights, rows)
                 start = stop
+            grad_table = torch.zeros_like(table) if grad_table is None else grad_table  # no rows at all
             grad_table.index_add_(0, target.clamp_min(0), weighted, alpha=-1)
         return grad_hidden, grad_table, None, None, None, None
 

@@ -29,7 +29,8 @@ def graph_bytes(config: ModelConfig, batch: int) -> int:
     """Roughly what the graph of one segment holds, float32: each tick keeps the fast weights it read.
 
     Of six memories a layer (ten d x d matrices), of a Titans memory what it wrote and its momentum too; of a CMS level
-    its differences, as often as it is written.
+    its differences, as often as it is written. And what a layer keeps of a token, some 160 vectors (measured: `small`
+    at batch 8 holds 4.2 GiB at 128 tokens and 18.0 at 512).
     """
     if not config.writes:
         return 0
@@ -38,7 +39,7 @@ def graph_bytes(config: ModelConfig, batch: int) -> int:
     memories = (written + (8 if config.parts.mixer == "titans" else 0)) * d * d
     levels = config.levels if config.parts.levels else ()
     cms = sum(2 * config.cms_multiplier * d * d * config.tick / level.period for level in levels)
-    return int(4 * batch * config.layers * _ticks(config) * (memories + cms))
+    return int(4 * batch * config.layers * _ticks(config) * (memories + cms + 160 * d * config.tick))
 
 
 def check_memory(config: ModelConfig, batch: int) -> None:

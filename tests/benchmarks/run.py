@@ -50,7 +50,7 @@ def measure(part: str, turns: int, environment: Path, demo: bool) -> list[clock.
         cheap = max(1, turns // 2)
         return (
             probes.idle("tiny") + probes.watching("tiny", turns) + probes.workers("tiny", cheap)
-            + probes.contexts("tiny", cheap)
+            + probes.contexts("tiny")
         )  # fmt: skip
     return commands.rows(environment, turns, demo)
 
