@@ -18,7 +18,7 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import CMSLevel, ModelConfig
-from hopeprobe.model.state import Change, LevelState
+from hopeprobe.model.state import Change, LevelState, on_host
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Level(nn.Module):
         )
         if end % self.spec.period:
             return LevelState(state.change_in, state.change_out, *factors)
-        if not tap.pre.is_cuda and not bool(factors[0].any()) and not bool(factors[2].any()):
+        if on_host(tap.pre) and not bool(factors[0].any()) and not bool(factors[2].any()):
             # Every gate closed over the whole period: exactly nothing is written, and no write is shown.
             return LevelState(state.change_in, state.change_out, *(f[:, :0] for f in factors))
         step = -self.spec.learning_rate / self.spec.period

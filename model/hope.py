@@ -24,7 +24,7 @@ from hopeprobe.model.inner import inner_gradients
 from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, score
 from hopeprobe.model.memories import Generated, Weights
 from hopeprobe.model.selfmod import SelfMod
-from hopeprobe.model.state import LayerState, State, detach_state, map_state
+from hopeprobe.model.state import LayerState, State, detach_state, map_state, on_host
 from hopeprobe.model.thin import sealed
 from hopeprobe.model.titans import Made, Titans
 
@@ -429,7 +429,9 @@ class HopeModel(Hooked, nn.Module):
             raise BadInputError(
                 f"tokens must be (batch, positions) integers, not {tuple(tokens.shape)} {tokens.dtype}"
             )
-        if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
+        if not on_host(tokens) or not tokens.numel():
+            return  # on a device the embedding itself refuses what it does not have
+        if not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
             raise BadInputError(
                 f"token ids range over {int(tokens.min())}..{int(tokens.max())}, the vocabulary over "
                 f"0..{self.config.vocab_size - 1}: is this another tokenizer's text?"

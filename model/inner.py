@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hopeprobe.hooks import inner_backward
 from hopeprobe.model.cms import Tap
+from hopeprobe.model.state import on_host
 
 TapGradients = tuple[Tensor, Tensor]  # (B, C, h) for the pre-activation, (B, C, d) for delta
 
@@ -41,8 +42,8 @@ def inner_gradients(
     for tap in (tap for of_layer in taps for tap in of_layer):
         gate = gates[tap.layer][tap.level]
         sharing.setdefault(id(gate), (gate, []))[1].append(tap)
-    # On a GPU the question would stall the stream; there a closed gate costs its zero gradient.
-    open_gates = [pair for pair in sharing.values() if final.is_cuda or bool(pair[0].any())]
+    # On a device the question would stall it; there a closed gate costs its zero gradient.
+    open_gates = [pair for pair in sharing.values() if not on_host(final) or bool(pair[0].any())]
     if not final.requires_grad:
         return out
     keep_graph = torch.is_grad_enabled()

@@ -30,15 +30,15 @@ from hopeprobe.model.memories import (
     read_group,
     repeated,
 )
-from hopeprobe.model.state import MemoryState, Pending, SelfModState
+from hopeprobe.model.state import MemoryState, Pending, SelfModState, on_host
 from hopeprobe.model.thin import back_each, decay_and_write, times
 from hopeprobe.model.write import errors, gelu_backward, prepare
 
 #: Of a write in place, over its rows: at 64 tokens a chunk, four rows at once take three quarters of eight's time.
 _TOKENS_AT_ONCE = 256
 
-#: Of a layer on its own: numbers of fast weights, 9 MiB in float32 (four rows at d = 256).
-_WEIGHTS_AT_ONCE = 9 * 2**18
+#: Of a layer on its own: numbers of weights, 10 MiB in float32 (four rows at d = 256).
+_WEIGHTS_AT_ONCE = 10 * 2**18
 
 
 def _by_rows(tensors: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
@@ -70,15 +70,18 @@ class SelfMod(nn.Module):
         self.w_q = nn.Parameter(torch.empty(config.dim, config.dim)) if config.query == "static" else None
         self.eta_bias = nn.Parameter(torch.empty(())) if config.eta_bias is not None else None
         self.alpha_bias = nn.Parameter(torch.empty(())) if config.alpha_bias is not None else None
+        self._points: list[HookPoint] = []
         self._add_hooks(registry, prefix)
 
     def _add_hooks(self, registry: HookRegistry, prefix: str) -> None:
         def point(
             name: str, dims: str, equation: str, cadence: Cadence = "tick", editable: bool = True
         ) -> HookPoint:
-            return registry.add(
+            made = registry.add(
                 f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation)
             )
+            self._points.append(made)
+            return made
 
         norm_v = "v = l2norm(M_v(u))" if self.config.normalise_value else "v = M_v(u)"
         query = "q = l2norm(M_q(u))" if self.w_q is None else "q = l2norm(W_q u)"
@@ -239,11 +242,12 @@ class SelfMod(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A layer on its own: read (B, T, d) from a fresh state and write every token, (B, T, d).
 
-        Chunks that T does not complete are read and not written. Without an outer gradient the rows go a few after
-        another, so that their fast weights stay in the cache from tick to tick.
+        A tick that T does not complete is read and not written. Without an outer gradient, and unless a hook looks on,
+        the rows go a few after another: their fast weights then stay in the cache from tick to tick.
         """
-        rows = max(1, _WEIGHTS_AT_ONCE // sum(w.numel() for group in self.stacked() for w in group))
-        if torch.is_grad_enabled() or x.is_cuda or len(x) <= rows:
+        rows = max(1, _WEIGHTS_AT_ONCE // sum(w.numel() for w in self.parameters()))
+        watched = any(point.active for point in self._points)
+        if torch.is_grad_enabled() or watched or not on_host(x) or len(x) <= rows:
             return self._stream(x)
         return torch.cat([self._stream(some) for some in x.split(rows)])
 
@@ -297,7 +301,7 @@ class SelfMod(nn.Module):
                 groups.append(group)
                 pending.append(tokens)
                 continue
-            if not gate.is_cuda and not bool(tokens.eta.any()) and not bool(tokens.log_alpha.any()):
+            if on_host(gate) and not bool(tokens.eta.any()) and not bool(tokens.log_alpha.any()):
                 groups.append(group)  # every gate closed: exactly nothing, and no work
                 pending.append(None)
                 continue
@@ -309,7 +313,7 @@ class SelfMod(nn.Module):
     def _write_rows(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         """In place a few rows after another: a long chunk's intermediates, and its weights, then stay in the cache."""
         rows = max(1, _TOKENS_AT_ONCE // tokens.k.shape[1])
-        if not donated or len(tokens.k) <= rows or tokens.k.is_cuda:
+        if not donated or len(tokens.k) <= rows or not on_host(tokens.k):
             return self._write_group(meta, fast, tokens, donated)
         parts = [
             self._write_group(meta, Weights(*weights), Pending(*some), donated)

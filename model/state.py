@@ -144,6 +144,11 @@ class State(NamedTuple):
     position: int  # tokens written so far, the same for every row
 
 
+def on_host(x: Tensor) -> bool:
+    """May the host look at a value: a CPU's tensor alone; on a device it would wait for all work under way."""
+    return x.device.type == "cpu"
+
+
 def map_state(fn: Callable[..., Tensor], state: _S, *others: _S) -> _S:
     """Apply `fn` to every tensor of a state (and the tensors at the same place in `others`); the rest is kept."""
     if isinstance(state, Tensor):

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hopeprobe.model.state import on_host
+
 
 class _Factors(NamedTuple):
     """A gradient left^T right of the memories `part`: shared right (B, n, in) and left (B, n, k out), or one each."""
@@ -174,7 +176,7 @@ _ALL = slice(None)
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row, (B,); on a CPU without a tensor of all their products."""
-    return (a * b).sum(1) if a.is_cuda else torch.stack([x @ y for x, y in zip(a, b, strict=True)])
+    return torch.stack([x @ y for x, y in zip(a, b, strict=True)]) if on_host(a) else (a * b).sum(1)
 
 
 def _per_row(x: Tensor, w: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.memories import Memory, convolved, l2norm
-from hopeprobe.model.state import AttentionState, TitansState
+from hopeprobe.model.state import AttentionState, TitansState, on_host
 from hopeprobe.model.write import gelu_backward
 
 _SCALARS = ("eta", "momentum", "alpha")
@@ -190,7 +190,7 @@ class Titans(nn.Module):
         """
         gate = self.hook_write_gate(gate)
         moved = state._replace(conv_tail=made.tail)
-        if not gate.is_cuda and not bool(gate.any()):
+        if on_host(gate) and not bool(gate.any()):
             return moved  # every gate closed: exactly nothing, momentum stays as it is
         sums = momentum_chunk(gate, made.eta, made.momentum, made.alpha)
         pre = made.k @ made.w2.mT

@@ -257,3 +257,36 @@ def test_the_proximal_step_is_the_smaller_one():
         )
     assert torch.equal(a.w2, b.w2)
     assert (a.w1.flatten(2).norm(dim=2) < b.w1.flatten(2).norm(dim=2)).all()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "frozen-memory"])
+def test_a_layer_on_its_own_is_the_layer_in_the_model(name, monkeypatch):
+    """Whole, a row after another, and in the graph: what the first layer gives in a model whose gate is open."""
+    run = HopeModel(CONFIGS[name], seed=1, dtype=torch.float64)
+    with torch.no_grad():
+        _, cache = run.run_with_cache(
+            TOKENS, names_filter=["blocks.0.hook_resid_pre", "blocks.0.selfmod.hook_out"]
+        )
+    block = run.blocks[0]
+    x = cache["blocks.0.hook_resid_pre"]
+    x = (x if block.norm is None else block.norm(x)).detach()
+    expected = cache["blocks.0.selfmod.hook_out"]
+    for weights in (1, 10**9):
+        monkeypatch.setattr("hopeprobe.model.selfmod._WEIGHTS_AT_ONCE", weights)
+        with torch.no_grad():
+            torch.testing.assert_close(block.selfmod(x), expected, rtol=1e-12, atol=1e-12)
+    graph = block.selfmod(x)
+    assert graph.requires_grad
+    torch.testing.assert_close(graph.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_on_a_layer_on_its_own_sees_all_rows(monkeypatch):
+    monkeypatch.setattr("hopeprobe.model.selfmod._WEIGHTS_AT_ONCE", 1)
+    model = HopeModel(TOY, seed=1, dtype=torch.float64)
+    layer, seen = model.blocks[0].selfmod, []
+    with (
+        torch.no_grad(),
+        model.hooks(fwd_hooks=[("blocks.0.selfmod.hook_k", lambda k, hook: seen.append(len(k)))]),
+    ):
+        layer(torch.randn(3, 20, 8, dtype=torch.float64))
+    assert seen == [3, 3, 3]  # the third is not complete
