@@ -32,7 +32,7 @@ test: $(INSTALLED)
 	$(PYTEST) -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -n 2 --dist worksteal -m slow
 
 peers: $(PEERS_INSTALLED)
 

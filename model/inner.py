@@ -15,6 +15,7 @@ from torch import Tensor
 from hopeprobe.hooks import inner_backward
 from hopeprobe.model.cms import Tap
 from hopeprobe.model.state import on_host
+from hopeprobe.model.thin import rows_only
 
 TapGradients = tuple[Tensor, Tensor]  # (B, C, h) for the pre-activation, (B, C, d) for delta
 
@@ -48,7 +49,7 @@ def inner_gradients(
         return out
     keep_graph = torch.is_grad_enabled()
     for i, (gate, sharers) in enumerate(open_gates):
-        with inner_backward():
+        with inner_backward(), rows_only():
             grads_found = torch.autograd.grad(
                 final,
                 [tensor for tap in sharers for tensor in (tap.pre, tap.delta)],

@@ -37,9 +37,6 @@ from hopeprobe.model.write import errors, gelu_backward, prepare
 #: Of a write in place, over its rows: at 64 tokens a chunk, four rows at once take three quarters of eight's time.
 _TOKENS_AT_ONCE = 256
 
-#: Of a layer on its own: numbers of weights, 10 MiB in float32 (four rows at d = 256).
-_WEIGHTS_AT_ONCE = 10 * 2**18
-
 
 def _by_rows(tensors: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(t.split(rows) for t in tensors), strict=True)
@@ -70,18 +67,15 @@ class SelfMod(nn.Module):
         self.w_q = nn.Parameter(torch.empty(config.dim, config.dim)) if config.query == "static" else None
         self.eta_bias = nn.Parameter(torch.empty(())) if config.eta_bias is not None else None
         self.alpha_bias = nn.Parameter(torch.empty(())) if config.alpha_bias is not None else None
-        self._points: list[HookPoint] = []
         self._add_hooks(registry, prefix)
 
     def _add_hooks(self, registry: HookRegistry, prefix: str) -> None:
         def point(
             name: str, dims: str, equation: str, cadence: Cadence = "tick", editable: bool = True
         ) -> HookPoint:
-            made = registry.add(
+            return registry.add(
                 f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation)
             )
-            self._points.append(made)
-            return made
 
         norm_v = "v = l2norm(M_v(u))" if self.config.normalise_value else "v = M_v(u)"
         query = "q = l2norm(M_q(u))" if self.w_q is None else "q = l2norm(W_q u)"
@@ -242,16 +236,8 @@ class SelfMod(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A layer on its own: read (B, T, d) from a fresh state and write every token, (B, T, d).
 
-        A tick that T does not complete is read and not written. Without an outer gradient, and unless a hook looks on,
-        the rows go a few after another: their fast weights then stay in the cache from tick to tick.
+        A tick that T does not complete is read and not written.
         """
-        rows = max(1, _WEIGHTS_AT_ONCE // sum(w.numel() for w in self.parameters()))
-        watched = any(point.active for point in self._points)
-        if torch.is_grad_enabled() or watched or not on_host(x) or len(x) <= rows:
-            return self._stream(x)
-        return torch.cat([self._stream(some) for some in x.split(rows)])
-
-    def _stream(self, x: Tensor) -> Tensor:
         tick = math.gcd(*(chunk for chunk in self.group_chunks if chunk is not None)) or x.shape[1]
         weights, state, outputs = self.stacked(), self.init_state(len(x)), []
         for part in x.split(tick, dim=1):

@@ -1,7 +1,7 @@
 """The state a stream carries: explicit, per sequence, never shared across a batch, never kept in module attributes.
 
-Every tensor has the batch first, so that rows can be selected, swapped, reset and averaged. Fast
-weights are held as their difference to the meta weights: a fresh state is zero, and drift is the state itself.
+Every tensor has the batch first, so that rows can be selected, swapped, reset and averaged. Memories hold their fast
+weights themselves, which start from the meta weights; a CMS level what was written to it, thin while that pays.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ derivatives only.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -32,31 +35,40 @@ class _Slot:
     """Where whatever uses one stack of weights leaves its gradient, by backward pass."""
 
     def __init__(self) -> None:
-        self.task = -1
-        self.factors: list[_Factors] = []
-        self.whole: Tensor | None = None  # (B, m, out, in), nobody else's
-
-    def _begin(self) -> None:
-        task = torch._C._current_graph_task_id()
-        if task != self.task:  # what an inner gradient left, which never asks for weights
-            self.task, self.factors, self.whole = task, [], None
+        self.factors: dict[int, list[_Factors]] = {}
+        self.whole: dict[int, Tensor] = {}  # (B, m, out, in), nobody else's
 
     def add(self, factors: _Factors) -> None:
-        self._begin()
-        self.factors.append(factors)
+        if not getattr(_local, "rows_only", False):
+            self.factors.setdefault(torch._C._current_graph_task_id(), []).append(factors)
 
     def add_whole(self, grad: Tensor) -> None:
-        self._begin()
-        self.whole = grad if self.whole is None else self.whole.add_(grad)
+        task = torch._C._current_graph_task_id()
+        self.whole[task] = grad if task not in self.whole else self.whole[task].add_(grad)
 
     def take(self, grad: Tensor | None) -> tuple[Tensor | None, list[_Factors]]:
-        """What was left in this pass, the whole part with `grad` added; then nothing is left any more."""
-        self._begin()
-        whole, factors = self.whole, self.factors
-        self.task, self.factors, self.whole = -1, [], None
+        """What was left in this pass, the whole part with `grad` added; then it is left no more."""
+        task = torch._C._current_graph_task_id()
+        whole, factors = self.whole.pop(task, None), self.factors.pop(task, [])
         if grad is not None:
             whole = grad.clone() if whole is None else whole.add_(grad)
         return whole, factors
+
+
+_local = threading.local()
+
+
+@contextmanager
+def rows_only() -> Iterator[None]:
+    """A gradient taken inside, of a CPU's tensors, is never one of weights: products keep nothing for those.
+
+    Without it they would, for as long as the graph lives; it would count nowhere.
+    """
+    _local.rows_only = True
+    try:
+        yield
+    finally:
+        _local.rows_only = False
 
 
 def _slot(w: Tensor) -> _Slot | None:

@@ -21,7 +21,7 @@ from hopeprobe.probes.passes import run_pass
 from hopeprobe.probes.workers import blas_threads
 from hopeprobe.tokens import EvalWindows, load_tokens
 
-TOKENS = 32_768  # what `hopeprobe analyze` reads
+TOKENS = 8192  # a quarter of what `hopeprobe analyze` reads: many short turns say more than a few long ones
 
 
 def idle(name: str) -> list[Row]:
@@ -125,7 +125,7 @@ def workers(name: str, turns: int) -> list[Row]:
         load_tokens("builtin"),
         "heldout",
         context=context,
-        tokens=TOKENS // 4,
+        tokens=TOKENS,
         batch=suitable_batch(context, "window"),
     )
     with blas_threads(1):

@@ -49,7 +49,7 @@ def measure(part: str, turns: int, environment: Path, demo: bool) -> list[clock.
     if part == "probes":
         cheap = max(1, turns // 2)
         return (
-            probes.idle("tiny") + probes.watching("tiny", turns) + probes.workers("tiny", cheap)
+            probes.idle("tiny") + probes.watching("tiny", 3 * turns) + probes.workers("tiny", cheap)
             + probes.contexts("tiny")
         )  # fmt: skip
     return commands.rows(environment, turns, demo)

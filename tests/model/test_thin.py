@@ -5,7 +5,7 @@ import torch
 from model_toys import TOY
 
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.thin import attach, back_each, decay_and_write, sealed, times, times_each
+from hopeprobe.model.thin import attach, back_each, decay_and_write, rows_only, sealed, times, times_each
 
 B, M, OUT, IN, N = 2, 3, 5, 4, 6
 
@@ -92,10 +92,18 @@ def test_gradients_are_those_of_plain_autograd(shared, decays_to_zero):
 def test_a_gradient_of_the_rows_alone_leaves_nothing_to_the_weights(shared):
     """The inner gradient of a CMS write is such a one: it runs through the same products."""
     mine, theirs = inputs(), inputs()
-    total, _ = stream(mine, shared, False, fast=True)
+    total, last = stream(mine, shared, False, fast=True)
     rows = mine["x" if shared else "xs"]
     (first,) = torch.autograd.grad(total, rows, retain_graph=True)
+    held = last.grad_fn.slot
+    assert held.factors  # nothing told them what would be asked
+    held.factors.clear()
+    with rows_only():
+        (again,) = torch.autograd.grad(total, rows, retain_graph=True)
+    assert not held.factors
+    assert torch.equal(again, first)
     total.backward()
+    assert not held.factors
     stream(theirs, shared, False, fast=False)[0].backward()
     torch.testing.assert_close(first, theirs["x" if shared else "xs"].grad)
     torch.testing.assert_close(mine["meta"].grad, theirs["meta"].grad)
