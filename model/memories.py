@@ -94,7 +94,7 @@ def read_group(x: Tensor, w: Weights) -> Reading:
     hidden = F.gelu(pre)
     of_vectors, of_scalars = hidden.split_with_sizes([n_vector, n_scalar], dim=2)
     rows = of_vectors.transpose(1, 2).flatten(0, 1)
-    vector = times_each(rows, w.w1).unflatten(0, (-1, n_vector)) + x[:, None]
+    vector = times_each(rows, w.w1).view(len(x), n_vector, *x.shape[1:]) + x[:, None]
     scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
     return Reading(pre, hidden, vector, scalar)
 

@@ -39,7 +39,7 @@ _TOKENS_AT_ONCE = 256
 
 
 def _by_rows(tensors: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(t.split(rows) for t in tensors), strict=True)
+    return zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
 class SelfMod(nn.Module):
@@ -240,7 +240,7 @@ class SelfMod(nn.Module):
         """
         tick = math.gcd(*(chunk for chunk in self.group_chunks if chunk is not None)) or x.shape[1]
         weights, state, outputs = self.stacked(), self.init_state(len(x)), []
-        for part in x.split(tick, dim=1):
+        for part in torch.split(x, tick, dim=1):
             out, made = self.read(part, weights, state)
             outputs.append(out)
             if part.shape[1] == tick:
