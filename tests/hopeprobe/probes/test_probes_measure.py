@@ -107,8 +107,8 @@ def test_a_contrast_is_the_paired_difference_of_its_conditions(subject, windows)
     se = np.sqrt(((influence / (1 - share)) ** 2).sum())
     used = len(set(groups))
     df = (share**2).sum() ** 2 / (share**4).sum() * (used - 1) / used
-    # Losses are float32 numbers near 4, and batches of another shape round them otherwise, by some 1e-7; the interval of
-    # a gain is 1e-4 wide.
+    # Losses are float32 numbers near 4, and batches of another shape round them otherwise, by some 1e-7; the interval
+    # of a gain is 1e-4 wide.
     assert estimate.ci_high - estimate.value == pytest.approx(stdtrit(df, 0.975) * se, rel=2e-5)
     apart = paired_difference(rows["live", Place("loss")].estimate, rows["frozen", Place("loss")].estimate)
     assert estimate.se == pytest.approx(apart.se, rel=1e-6)
