@@ -99,23 +99,24 @@ def read_group(x: Tensor, w: Weights) -> Reading:
     return Reading(pre, hidden, vector, scalar)
 
 
+def reattached(meta: Tensor, fast: Tensor) -> Tensor:
+    """Fast weights (B, ...) as they are, in the graph of their meta weights (...): the difference is a constant."""
+    return fast if fast.requires_grad or not meta.requires_grad else fast + (meta - meta.detach())
+
+
 def attached(meta: Weights, state: MemoryState) -> Weights:
     """The fast weights themselves, (B, ...) each, in the graph of the meta weights.
 
     Where a state is outside the graph (fresh, cut, or written under `stop`) its difference to the meta weights counts
     as a constant, so that the outer gradient still reaches them.
     """
-
-    def small(base: Tensor, fast: Tensor) -> Tensor:
-        return fast if fast.requires_grad else fast + (base - base.detach())
-
     if not meta.w2.requires_grad:
         return Weights(*state)
     return Weights(
         state.w2 if state.w2.requires_grad else attach(meta.w2, state.w2, shared=True),
         state.w1 if state.w1.requires_grad else attach(meta.w1, state.w1, shared=False),
-        small(meta.w1_scalar, state.w1_scalar),
-        small(meta.skip, state.skip),
+        reattached(meta.w1_scalar, state.w1_scalar),
+        reattached(meta.skip, state.skip),
     )
 
 

@@ -25,7 +25,7 @@ from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.memories import Memory, convolved, l2norm
+from hopeprobe.model.memories import Memory, convolved, l2norm, reattached
 from hopeprobe.model.state import AttentionState, TitansState, on_host
 from hopeprobe.model.write import gelu_backward
 
@@ -152,7 +152,7 @@ class Titans(nn.Module):
         outer = outer and torch.is_grad_enabled()
         w2, w1 = state.w2, state.w1
         if outer:
-            w2, w1 = _attached(self.memory.w2, w2), _attached(self.memory.w1, w1)
+            w2, w1 = reattached(self.memory.w2, w2), reattached(self.memory.w1, w1)
         out = _answer(self.hook_q(l2norm(u @ self.w_q.mT)), w2, w1)
         if self.attention is not None:
             if seen is None:
@@ -233,20 +233,15 @@ def _written(
     return new, momentum.baddbmm_((sums.weight_s[..., None] * left).mT, right, alpha=-1)
 
 
-def _attached(meta: Tensor, now: Tensor) -> Tensor:
-    """Fast weights in the graph of their meta weights; see `memories.attached`."""
-    return now if now.requires_grad or not meta.requires_grad else now + (meta - meta.detach())
-
-
 def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
     """M(x), (B, n, d); weights (B, h, d) and (B, d, h)."""
     return torch.baddbmm(x, F.gelu(x @ w2.mT), w1.mT)
 
 
 def _shown(point: HookPoint, now: Tensor) -> Tensor:
-    """Show written weights to a hook; an edit is the state. A copy: the next write may overwrite them."""
+    """Show written weights to a hook; an edit is the state. Copies both ways: the next write may be in place."""
     if not point.active:
         return now
     shown = now.clone()
     edited = point(shown)
-    return now if edited is shown else edited
+    return now if edited is shown else edited.clone(memory_format=torch.contiguous_format)

@@ -129,6 +129,24 @@ def test_an_edit_of_fast_weights_is_the_state(tokens):
     assert torch.equal(plain.layers[0].titans.w1, watched.layers[0].titans.w1)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_a_hook_puts_in_stays_the_callers(tokens, rows):
+    """Later writes are in place: neither a tensor that the caller keeps nor the meta weights may change."""
+    model = make()
+    memory = model.blocks[1].titans.memory
+    before = memory.w1.detach().clone()
+    goal = torch.randn(rows, *memory.w2.shape, dtype=torch.float64)
+    kept = goal.clone()
+    edits = [
+        ("blocks.1.titans.memory.hook_fast_w1", lambda w, hook: memory.w1.expand_as(w)),
+        ("blocks.1.titans.memory.hook_fast_w2", lambda w, hook: goal),
+    ]
+    with torch.no_grad():
+        model.run_with_hooks(tokens[:rows, :41], fwd_hooks=edits)
+    assert torch.equal(memory.w1, before)
+    assert torch.equal(goal, kept)
+
+
 def test_attention_sees_no_more_than_its_window(tokens):
     """With one layer and closed writes a token reaches as far as window and convolution do."""
     model = make(layers=1, window=5, conv_width=2)
