@@ -66,7 +66,11 @@ def show_params() -> None:
             config = preset(name, variant)
             shapes = {k: v.numel() for k, v in HopeModel.shapes(config).items()}
             embedding = shapes.pop("embed")
-            memories = sum(n for k, n in shapes.items() if ".selfmod." in k or ".titans." in k)
+            memories = sum(
+                n
+                for k, n in shapes.items()
+                if (".selfmod." in k or ".titans." in k) and ".attention." not in k
+            )
             cms = sum(n for k, n in shapes.items() if ".cms." in k)
             rest = sum(shapes.values()) - memories - cms
             counts = (embedding + memories + cms + rest, embedding, memories, cms, rest)

@@ -64,20 +64,19 @@ class Scoring(Probe):
         return MeanLoss(condition)
 
 
+def held_out(context: int) -> EvalWindows:
+    """What every pass reads."""
+    batch = suitable_batch(context, "window")
+    return EvalWindows(load_tokens("builtin"), "heldout", context=context, tokens=TOKENS, batch=batch)
+
+
 def watching(name: str, turns: int) -> list[Row]:
     """Passes that only score, with one probe, and with all that need no intervention, in turn; and what rows cost."""
     subject = HopeSubject(HopeModel(preset(name)))
-    context = subject.context
-    windows = EvalWindows(
-        load_tokens("builtin"),
-        "heldout",
-        context=context,
-        tokens=TOKENS,
-        batch=suitable_batch(context, "window"),
-    )
+    windows = held_out(subject.context)
     fitting = [p for p in PROBES.values() if p.applies(subject) is None]
     live = [p for p in fitting if [c.name for c in p.conditions(subject)] == [LIVE.name]]
-    one = [p for p in live if p.name == "cms-similarity"]
+    (one,) = ([p] for p in live if p.name == "cms-similarity")  # else a pass without any probe would be timed
     results = {}
 
     def passed(label: str, probes: list[Probe]) -> None:
@@ -120,14 +119,7 @@ def workers(name: str, turns: int) -> list[Row]:
             """Have none."""
 
     model = HopeModel(preset(name))
-    context = model.config.context
-    windows = EvalWindows(
-        load_tokens("builtin"),
-        "heldout",
-        context=context,
-        tokens=TOKENS,
-        batch=suitable_batch(context, "window"),
-    )
+    windows = held_out(model.config.context)
     with blas_threads(1):
         times = clock.by_turns(
             {

@@ -70,13 +70,18 @@ def test_a_titans_memory(flops):
     assert counted(work) == pytest.approx(flops.titans_memory(256) * 16, rel=0.05)
 
 
-def test_a_model_and_its_training_step(flops):
-    """With levels that were written for long enough to be full matrices."""
-    config = dataclasses.replace(preset("tiny"), vocab_size=997, context=64)
+def long_written(length):
+    """A model, its state once its levels have been written until they are full matrices, and tokens to go on with."""
+    config = dataclasses.replace(preset("tiny"), vocab_size=997)
     model = HopeModel(config)
-    tokens = torch.randint(0, 997, (2, 8), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 997, (2, 513 + length), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        state = model(torch.randint(0, 997, (2, 513), generator=torch.Generator().manual_seed(1))).state
+        state = model(tokens[:, :513]).state
+    return config, model, state, tokens[:, 513:]
+
+
+def test_a_model_that_streams(flops):
+    config, model, state, tokens = long_written(8)
     following = torch.zeros(2, dtype=torch.int64)
     assert counted(lambda: model.step(state, tokens, following)) == pytest.approx(
         flops.streaming(config) * tokens.numel(), rel=0.1
@@ -85,11 +90,7 @@ def test_a_model_and_its_training_step(flops):
 
 def test_a_training_step(flops):
     """Sixteen ticks: the last writes of a window, which no loss reads, need no gradient."""
-    config = dataclasses.replace(preset("tiny"), vocab_size=997, context=128)
-    model = HopeModel(config)
-    tokens = torch.randint(0, 997, (2, 129), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        state = model(torch.randint(0, 997, (2, 513), generator=torch.Generator().manual_seed(1))).state
+    config, model, state, tokens = long_written(129)
 
     def step():
         with torch.enable_grad():
