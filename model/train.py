@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -180,7 +181,7 @@ def train(
         _resumed(model_config, config, data, folder) if resume else _fresh(model_config, config, data, folder)
     )
     due = config.checkpoint_steps()
-    _write_run_json(run)
+    _write_run_json(run, train_windows)
     if run.step == 0:
         run.checkpoint()
         for callback in callbacks:
@@ -213,12 +214,15 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = config.rate(step)
     run.optimizer.zero_grad(set_to_none=True)
-    loss, state = 0.0, run.model.init_state(tokens.shape[0])
+    loss, lowest, state = 0.0, math.inf, run.model.init_state(tokens.shape[0])
     with watch.on():
         for part in segments(run.model.config, tokens):
             out = run.model(part, state=state)
             mean = out.losses.sum() / tokens[:, 1:].numel()
             loss += mean.item()
+            lowest = min(
+                lowest, float(out.losses.detach().min())
+            )  # every token of a training window is scored
             if not math.isfinite(loss):
                 where = first_not_finite(run.model, tokens) or "in no hook point: the weights of the head"
                 raise _diverged(run, step, f"the loss is {loss}; the first value that is not finite: {where}")
@@ -244,6 +248,7 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
         "loss": loss,
         "grad_norm": norm,
         "learning_rate": config.rate(step),
+        "surprise_min": lowest,
         "gate_rate": watch.mean("gate"),
         "retention": watch.mean("alpha"),
         "norm_ratio": ratio,
@@ -360,7 +365,7 @@ def _difference(checkpoint: Checkpoint, config: ModelConfig) -> str:
     return "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k])
 
 
-def _write_run_json(run: Run) -> None:
+def _write_run_json(run: Run, windows: TrainWindows) -> None:
     content = {
         "hopeprobe": hopeprobe.__version__,
         "torch": torch.__version__,
@@ -373,6 +378,7 @@ def _write_run_json(run: Run) -> None:
         / max(1, run.data.n_tokens("train") // run.model.config.context),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "init_digest": run.init_digest,
+        "first_batch": hashlib.sha256(windows.batch_at(0).astype("<i8").tobytes()).hexdigest(),
     }
     write_atomically(run.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
 

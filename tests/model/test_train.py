@@ -14,14 +14,15 @@ from hopeprobe.model import train as module
 from hopeprobe.model.checkpoint import read, run_checkpoints, save, step_path
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.train import TrainConfig, evaluate, make_optimizer, train
-from hopeprobe.tokens import EvalWindows, TokenData
+from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
 
 MODEL = dataclasses.replace(TOY, vocab_size=53, context=16, embed_std=0.1)
 CONFIG = TrainConfig(
     steps=6, batch=2, learning_rate=1e-2, warmup=2, checkpoint_every=4, eval_every=3, eval_tokens=64, seed=5
 )
 KEYS = {
-    "step", "loss", "grad_norm", "learning_rate", "gate_rate", "retention", "norm_ratio", "tokens_per_s",
+    "step", "loss", "grad_norm", "learning_rate", "surprise_min", "gate_rate", "retention", "norm_ratio",
+    "tokens_per_s",
 }  # fmt: skip
 
 
@@ -128,7 +129,30 @@ def test_a_line_a_step(whole):
         assert 0 <= line["gate_rate"] <= 1
         assert 0 < line["retention"] < 1
         assert line["tokens_per_s"] > 0
+        assert 0 < line["surprise_min"] < line["loss"]
     assert written[5]["held_out_live"] != written[5]["held_out_frozen"]
+
+
+def test_the_lowest_surprise_is_that_of_the_tokens_trained_on(whole):
+    with torch.no_grad():
+        for step, line in enumerate(
+            lines(whole)[:2]
+        ):  # the checkpoints of step 0 and 1 are what 1 and 2 read
+            batch = torch.from_numpy(
+                TrainWindows(DATA, MODEL.context, CONFIG.batch, CONFIG.seed).batch_at(step)
+            )
+            losses = read(step_path(whole, step)).to_model()(batch).losses
+            assert math.isclose(line["surprise_min"], losses.min().item(), rel_tol=1e-6)
+
+
+def test_the_first_batch_is_the_same_in_every_variant_and_another_with_another_seed(whole, tmp_path):
+    def first(folder):
+        return json.loads((folder / "run.json").read_text())["first_batch"]
+
+    one = dataclasses.replace(CONFIG, steps=1)
+    train(dataclasses.replace(MODEL, variant="transformer"), one, DATA, tmp_path / "same")
+    train(MODEL, dataclasses.replace(one, seed=6), DATA, tmp_path / "other")
+    assert first(tmp_path / "same") == first(whole) != first(tmp_path / "other")
 
 
 def test_the_record_of_a_run(whole):
