@@ -62,7 +62,7 @@ def demo(
 @app.command()
 def train(
     out: Out,
-    preset: Annotated[str, typer.Option("--preset", help="tiny, small or scaled.")] = "tiny",
+    preset: Annotated[str, typer.Option("--preset", help="nano, tiny, small or scaled.")] = "tiny",
     variant: Annotated[
         str, typer.Option("--variant", help="Which mechanisms there are: hopeprobe params lists them.")
     ] = "full",
@@ -71,7 +71,7 @@ def train(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows a step.")] = 8,
     learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Of AdamW; default 3e-4, for tiny 3e-3.")
+        float | None, typer.Option("--learning-rate", help="Of AdamW; default 3e-4, for nano and tiny 3e-3.")
     ] = None,
     published: Annotated[
         bool, typer.Option("--published", help="The rule of the public reproduction, which collapses.")
@@ -172,3 +172,122 @@ def params() -> None:
     from hopeprobe.cli.listing import show_params
 
     show_params()
+
+
+Preset = Annotated[str, typer.Option("--preset", help="nano, tiny, small or scaled.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to N - 1 of every cell.")]
+Steps = Annotated[
+    int, typer.Option("--steps", min=1, help="Optimiser steps of every cell; a grid can be extended.")
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Windows a step.")]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", help="Of AdamW; default 3e-4, for nano and tiny 3e-3.")
+]
+HeldOutTokens = Annotated[
+    int, typer.Option("--tokens", min=1, help="Held-out tokens that the losses are measured on.")
+]
+CheckpointEvery = Annotated[
+    int, typer.Option("--checkpoint-every", min=1, help="Steps, and what a killed cell can lose.")
+]
+TruncateTicks = Annotated[
+    int, typer.Option("--truncate-ticks", min=0, help="Cut the outer gradient every N ticks; 0: never.")
+]
+Published = Annotated[
+    bool, typer.Option("--published", help="The rule of the public reproduction, which collapses.")
+]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Cells at once; default one a core, as memory allows.")
+]
+Threads = Annotated[
+    int, typer.Option("--threads", min=1, help="Of each worker; losses depend on it in their last digits.")
+]
+
+
+@app.command()
+def ablate(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of the grid; what is done in it is not repeated.")
+    ],
+    preset: Preset = "tiny",
+    variants: Annotated[
+        str, typer.Option("--variants", help="Names with commas between; all: every variant.")
+    ] = "all",
+    seeds: Seeds = 3,
+    data: Data = ["builtin"],  # noqa: B006
+    steps: Steps = 2000,
+    batch: Batch = 8,
+    learning_rate: LearningRate = None,
+    tokens: HeldOutTokens = 32_768,
+    checkpoint_every: CheckpointEvery = 100,
+    truncate_ticks: TruncateTicks = 0,
+    published: Published = False,
+    workers: Workers = None,
+    threads: Threads = 1,
+    probes: Annotated[
+        str,
+        typer.Option("--probes", help="Probes to run on the checkpoints, commas between; all: every one."),
+    ] = "",
+    probe_steps: Annotated[
+        str,
+        typer.Option(
+            "--probe-steps", help="Steps to probe, commas between; default every checkpoint interval."
+        ),
+    ] = "",
+    probe_tokens: Annotated[
+        int, typer.Option("--probe-tokens", min=1, help="Scored tokens a probe.")
+    ] = 12_288,
+) -> None:
+    """Train every variant with several seeds; losses, paired differences, and what becomes of the study's claims."""
+    from hopeprobe.cli.probing import ProbeOptions
+    from hopeprobe.cli.study import GridOptions, run_ablation, variants_from
+
+    options = GridOptions(
+        out, preset, data, seeds, steps, batch, learning_rate, tokens, checkpoint_every, truncate_ticks, published,
+        workers, threads,
+    )  # fmt: skip
+    probing = ProbeOptions.typed(probes, probe_steps, probe_tokens)
+    raise typer.Exit(run_ablation(options, variants_from(variants), [], probing))
+
+
+@app.command()
+def sweep(
+    out: Annotated[Path, typer.Option("--out", help="Folder of the grid; that of ablate will do.")],
+    threshold: Annotated[
+        list[float],
+        typer.Option("--threshold", help="Surprise in nats that a token must exceed to be written."),
+    ],
+    preset: Preset = "tiny",
+    seeds: Seeds = 3,
+    data: Data = ["builtin"],  # noqa: B006
+    steps: Steps = 2000,
+    batch: Batch = 8,
+    learning_rate: LearningRate = None,
+    tokens: HeldOutTokens = 32_768,
+    checkpoint_every: CheckpointEvery = 100,
+    truncate_ticks: TruncateTicks = 0,
+    published: Published = False,
+    workers: Workers = None,
+    threads: Threads = 1,
+) -> None:
+    """Train `full` at several surprise thresholds; those under the lowest surprise are one computation and run once."""
+    from hopeprobe.cli.study import GridOptions, run_ablation
+
+    options = GridOptions(
+        out, preset, data, seeds, steps, batch, learning_rate, tokens, checkpoint_every, truncate_ticks, published,
+        workers, threads,
+    )  # fmt: skip
+    raise typer.Exit(run_ablation(options, [], threshold))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of grids, one a size.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for tables and figures; without it they are only shown."),
+    ] = None,
+) -> None:
+    """Redraw grids from their records; several by size: what each component matters, and whether the order turns."""
+    from hopeprobe.cli.study import run_comparison
+
+    raise typer.Exit(run_comparison(runs, out))

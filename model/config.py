@@ -218,16 +218,22 @@ def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:
 
 
 PRESETS: dict[str, ModelConfig] = {
+    "nano": ModelConfig(dim=32, layers=1, context=128, heads=2),
     "tiny": ModelConfig(dim=64, layers=2, context=128, heads=2),
     "small": ModelConfig(dim=256, layers=6, context=512, heads=4),
     "scaled": ModelConfig(dim=512, layers=8, context=512, heads=8),
 }
 
 #: Sizes of `transformer-matched`: at `scaled` the study's; else the width of `full`, and as many layers as match it.
-MATCHED = {"tiny": (64, 4, 2), "small": (256, 13, 4), "scaled": (768, 6, 12)}  # dim, layers, heads
+MATCHED = {
+    "nano": (32, 2, 2),
+    "tiny": (64, 4, 2),
+    "small": (256, 13, 4),
+    "scaled": (768, 6, 12),
+}  # dim, layers, heads
 
 #: AdamW's learning rate where a preset wants another than the study's 3e-4.
-PRESET_LEARNING_RATE = {"tiny": 3e-3}
+PRESET_LEARNING_RATE = {"nano": 3e-3, "tiny": 3e-3}
 
 
 def preset(name: str, variant: str = "full") -> ModelConfig:

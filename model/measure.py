@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from hopeprobe.hooks import HookPoint
 from hopeprobe.model.hope import Block, HopeModel
 from hopeprobe.model.state import State
+from hopeprobe.tokens import EvalWindows
 
 HookRequest = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
@@ -40,6 +42,31 @@ def close(gate: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001 - the signat
 def freeze_hooks(model: HopeModel) -> list[HookRequest]:
     """Hooks that stop all writes of a model; none where the model has no writes."""
     return [(WRITE_GATES, close)] if model.config.writes else []
+
+
+class HeldOut(NamedTuple):
+    """What a model gives on windows it was not trained on."""
+
+    loss: float  # mean cross-entropy, nats a token
+    lowest: float  # the lowest of any token
+    share_above: (
+        float  # of tokens, whose loss exceeds the variant's threshold: those that the gate lets through
+    )
+
+
+@torch.no_grad()
+def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> HeldOut:
+    """Score windows, each from a fresh state; `frozen` closes every write gate."""
+    total, lowest, above, count = 0.0, math.inf, 0, 0
+    with model.hooks(fwd_hooks=freeze_hooks(model) if frozen else [], allow_unfired=True):
+        for batch in windows:
+            out = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
+            losses = out.losses[out.scored]
+            total += float(losses.double().sum())
+            lowest = min(lowest, float(losses.min()))
+            above += int((losses > model.config.threshold).sum())
+            count += len(losses)
+    return HeldOut(total / count, lowest, above / count)
 
 
 class Watch:

@@ -30,7 +30,7 @@ from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, 
 from hopeprobe.model.config import MEMORIES, ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
-from hopeprobe.model.measure import Watch, freeze_hooks, norm_ratio
+from hopeprobe.model.measure import Watch, held_out, norm_ratio
 from hopeprobe.model.state import detach_state
 from hopeprobe.model.truncation import check_memory, segments
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
@@ -143,18 +143,6 @@ def make_optimizer(model: HopeModel, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-@torch.no_grad()
-def evaluate(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> float:
-    """Mean cross-entropy (nats a token) over windows; `frozen` closes every write gate."""
-    total, count = 0.0, 0
-    with model.hooks(fwd_hooks=freeze_hooks(model) if frozen else [], allow_unfired=True):
-        for batch in windows:
-            out = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
-            total += float(out.losses.double().sum())
-            count += int(out.scored.sum())
-    return total / count
-
-
 def train(
     model_config: ModelConfig,
     config: TrainConfig,
@@ -176,7 +164,7 @@ def train(
     """
     check_memory(model_config, config.batch)
     train_windows = TrainWindows(data, model_config.context, config.batch, config.seed)
-    held_out = _held_out(data, model_config, config)
+    unseen = _unseen(data, model_config, config)
     run = (
         _resumed(model_config, config, data, folder) if resume else _fresh(model_config, config, data, folder)
     )
@@ -194,9 +182,9 @@ def train(
             metrics = _update(run, tokens, watch)
             elapsed = time.perf_counter() - started
             metrics["tokens_per_s"] = tokens[:, 1:].numel() / elapsed
-            if held_out is not None and (run.step % config.eval_every == 0 or run.step == config.steps):
-                metrics["held_out_live"] = evaluate(run.model, held_out)
-                metrics["held_out_frozen"] = evaluate(run.model, held_out, frozen=True)
+            if unseen is not None and (run.step % config.eval_every == 0 or run.step == config.steps):
+                metrics["held_out_live"] = held_out(run.model, unseen).loss
+                metrics["held_out_frozen"] = held_out(run.model, unseen, frozen=True).loss
             write_line({"step": run.step, **metrics})
             if progress is not None:
                 progress(run.step, metrics)
@@ -285,7 +273,7 @@ def first_not_finite(model: HopeModel, tokens: Tensor) -> str | None:
     return f"{place}{owner} ({found[0]})"
 
 
-def _held_out(data: TokenData, model_config: ModelConfig, config: TrainConfig) -> EvalWindows | None:
+def _unseen(data: TokenData, model_config: ModelConfig, config: TrainConfig) -> EvalWindows | None:
     available = int((data.lengths("heldout") - 1).sum())
     if available < 1:
         return None

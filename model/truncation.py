@@ -16,6 +16,8 @@ from hopeprobe.model.config import ModelConfig
 
 #: Share of the machine's memory that a graph may take; the rest is logits, gradients and everybody else's.
 _SHARE = 0.8
+#: Runs at once of which memory is no concern.
+_MANY = 1024
 
 
 def segments(config: ModelConfig, tokens: Tensor) -> Iterator[Tensor]:
@@ -42,11 +44,25 @@ def graph_bytes(config: ModelConfig, batch: int) -> int:
     return int(4 * batch * config.layers * _ticks(config) * (memories + cms + 160 * d * config.tick))
 
 
+def _machine_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):  # a system that does not say
+        return None
+
+
+def fitting(config: ModelConfig, batch: int) -> int:
+    """How many such runs the machine can hold at once, 0 included."""
+    available, needed = _machine_bytes(), graph_bytes(config, batch)
+    if available is None:
+        return 1 if needed else _MANY
+    return min(_MANY, int(_SHARE * available / needed)) if needed else _MANY
+
+
 def check_memory(config: ModelConfig, batch: int) -> None:
     """Raise `BadInputError` for what the machine cannot hold, with what it can: the system would kill it silently."""
-    try:
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):  # a system that does not say
+    available = _machine_bytes()
+    if available is None:
         return
     needed = graph_bytes(config, batch)
     if needed <= _SHARE * available:

@@ -6,6 +6,7 @@ moments        what accumulators compute, and how it is pooled
 histogram      quantiles of a stream: descriptors, without an interval
 similarity     canonical correlations, linear CKA, effective rank, cosine
 jackknife      estimates with intervals, paired differences
+seeds          means over training runs, and what so many of them can resolve
 verdict        the one rule: learned, at-init or inconclusive
 """
 
@@ -15,6 +16,7 @@ from .groups import GROUPS, MIN_GROUPS
 from .histogram import Histogram
 from .jackknife import Estimate, exactly, jackknife, jackknife_each, p_value, paired_difference, second_order
 from .moments import Moments
+from .seeds import Contrast, OverSeeds, between, over_seeds, resolution
 from .similarity import (
     CCA_BOUNDS,
     CKA_BOUNDS,
@@ -33,7 +35,7 @@ from .similarity import (
     token_cosine,
     varies,
 )
-from .verdict import CLAIMS, Evidence, FreshInit, Judgement, Verdict, judge
+from .verdict import CLAIMS, Evidence, FreshInit, Judgement, Verdict, benjamini_hochberg, judge
 
 __all__ = [
     "CCA_BOUNDS",
@@ -42,6 +44,7 @@ __all__ = [
     "COSINE_BOUNDS",
     "GROUPS",
     "MIN_GROUPS",
+    "Contrast",
     "Estimate",
     "Evidence",
     "FreshInit",
@@ -52,10 +55,13 @@ __all__ = [
     "Histogram",
     "Judgement",
     "Moments",
+    "OverSeeds",
     "Spectrum",
     "TokenCosine",
     "Verdict",
     "as_float64",
+    "benjamini_hochberg",
+    "between",
     "canonical",
     "cca",
     "cca_of",
@@ -68,8 +74,10 @@ __all__ = [
     "judge",
     "linear_cka",
     "mean_of",
+    "over_seeds",
     "p_value",
     "paired_difference",
+    "resolution",
     "rounding",
     "second_order",
     "token_cosine",

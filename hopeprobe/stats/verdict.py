@@ -159,7 +159,7 @@ def judge(evidence: Sequence[Evidence], smallest_effect: float | Sequence[float]
             raise ValueError(f"the smallest effect must be finite and not negative, got {effect}")
     effects = np.broadcast_to(given, len(evidence)).tolist()
     p = np.array([_p(row) for row in evidence], dtype=np.float64)
-    q = _benjamini_hochberg(p)
+    q = benjamini_hochberg(p)
     return [
         _judge_row(row, float(p_row), float(q_row), effect)
         for row, p_row, q_row, effect in zip(evidence, p, q, effects, strict=True)
@@ -191,15 +191,17 @@ def _p(row: Evidence) -> float:
     return max(p_fresh, p_own)
 
 
-def _benjamini_hochberg(
-    p: np.ndarray[tuple[int], np.dtype[np.float64]],
+def benjamini_hochberg(
+    p: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]],
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Q of each p over all that are not NaN; NaN for the others."""
     from scipy.stats import false_discovery_control  # slow to import, and needed only here
 
-    q = np.full_like(p, np.nan)
-    tested = np.isfinite(p)
+    given = np.asarray(p, dtype=np.float64)
+    q = np.full_like(given, np.nan)
+    tested = np.isfinite(given)
     if tested.any():
-        q[tested] = false_discovery_control(p[tested], method="bh")
+        q[tested] = false_discovery_control(given[tested], method="bh")
     return q
 
 

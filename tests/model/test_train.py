@@ -13,7 +13,8 @@ from hopeprobe.errors import BadInputError, DivergedError
 from hopeprobe.model import train as module
 from hopeprobe.model.checkpoint import read, run_checkpoints, save, step_path
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.train import TrainConfig, evaluate, make_optimizer, train
+from hopeprobe.model.measure import held_out
+from hopeprobe.model.train import TrainConfig, make_optimizer, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
 
 MODEL = dataclasses.replace(TOY, vocab_size=53, context=16, embed_std=0.1)
@@ -172,7 +173,7 @@ def test_the_held_out_loss_is_that_of_the_windows(whole):
         parts = [model(torch.from_numpy(b.tokens), torch.from_numpy(b.lengths)) for b in windows]
     losses = torch.cat([p.losses[p.scored] for p in parts]).double()
     assert len(losses) == 64
-    assert abs(evaluate(model, windows) - losses.mean().item()) < 1e-6
+    assert abs(held_out(model, windows).loss - losses.mean().item()) < 1e-6
     assert abs(lines(whole)[-1]["held_out_live"] - losses.mean().item()) < 1e-6
 
 

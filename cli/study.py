@@ -1,0 +1,222 @@
+"""`hopeprobe ablate`, `sweep`, `compare`: grids of runs, their tables and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hopeprobe.cli.probing import ProbeOptions, probe_cells
+from hopeprobe.cli.terminal import console, progress, say
+from hopeprobe.cli.training import load_data
+from hopeprobe.errors import BadInputError, DivergedError, MeasurementError, near_names
+from hopeprobe.model.config import PRESET_LEARNING_RATE
+from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_for
+from hopeprobe.model.train import TrainConfig
+from hopeprobe.model.variants import VARIANTS
+from hopeprobe.study import Cell, Grid, read_grid, scaling, summarise
+from hopeprobe.study.grid import REFERENCE
+from hopeprobe.study.probed import read_probed
+from hopeprobe.study.scaling import by_size
+from hopeprobe.study.writing import (
+    SCALING_HEADER,
+    SWEEP_HEADER,
+    TABLE_HEADER,
+    scaling_lines,
+    setting_lines,
+    sweep_lines,
+    table_lines,
+    write_scaling,
+    write_tables,
+)
+
+if TYPE_CHECKING:
+    from hopeprobe.plots.canvas import Canvas
+
+_STYLES = {"holds": "green", "does not hold": "red", "not resolved": "yellow"}
+
+
+@dataclasses.dataclass(frozen=True)
+class GridOptions:
+    """What `ablate` and `sweep` have in common, as typed."""
+
+    out: Path
+    preset: str
+    data: list[str]
+    seeds: int
+    steps: int
+    batch: int
+    learning_rate: float | None
+    tokens: int
+    checkpoint_every: int
+    truncate_ticks: int
+    published: bool
+    workers: int | None
+    threads: int
+
+
+def variants_from(text: str) -> list[str]:
+    """Names in a comma-separated list, "all" for every variant; BadInputError offers near names."""
+    names = list(VARIANTS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise BadInputError(f"no variant was named (there are: {', '.join(VARIANTS)})")
+    for name in names:
+        if name not in VARIANTS:
+            raise BadInputError(
+                f"there is no variant {name!r}{near_names(name, VARIANTS)} (there are: {', '.join(VARIANTS)})"
+            )
+    return names
+
+
+def run_ablation(
+    options: GridOptions,
+    variants: Sequence[str],
+    thresholds: Sequence[float],
+    probing: ProbeOptions | None = None,
+) -> int:
+    """Run what is missing of a grid, write its record, tables and figures; returns the exit status."""
+    for threshold in thresholds:
+        if not threshold >= 0:
+            raise BadInputError(
+                f"the threshold {threshold:g} is negative; surprise is a loss in nats, at least 0"
+            )
+    rate = options.learning_rate
+    setting = Setting(
+        options.preset,
+        TrainConfig(
+            steps=options.steps,
+            batch=options.batch,
+            learning_rate=PRESET_LEARNING_RATE.get(options.preset, TrainConfig.learning_rate)
+            if rate is None
+            else rate,
+            checkpoint_every=options.checkpoint_every,
+            eval_every=options.checkpoint_every,
+            eval_tokens=min(options.tokens, TrainConfig.eval_tokens),
+        ),
+        tuple(_absolute(each) for each in options.data),
+        options.tokens,
+        options.published,
+        options.truncate_ticks,
+        options.threads,
+    )
+    names = list(dict.fromkeys([REFERENCE, *variants]))
+    specs = cells(setting, options.out, names, range(options.seeds), thresholds)
+    with progress() as report:
+        data = load_data(list(setting.data), report)
+        ran = run_grid(specs, options.out, data, options.workers or workers_for(specs), report)
+        failures = list(ran.failures)
+        if probing is not None:
+            failures += probe_cells(options.out, specs, ran.records, data, probing, report)
+    screen = console(stderr=True)
+    for failure in failures:
+        say(screen, f"not measured: {failure}")
+    if not ran.records:
+        raise MeasurementError("no cell could be run")
+    grid = grid_of(known_cells(options.out, ran.records[0]))
+    grid.write(options.out)
+    for path in (*write_tables(grid, options.out), *save_study_figures([grid], options.out, options.out)):
+        say(screen, f"wrote {path}")
+    show_grid(grid, console())
+    diverged = [record for record in ran.records if record["status"] == "diverged"]
+    for record in diverged:
+        say(screen, f"diverged: {record['name']}, seed {record['seed']}: {record['why']}")
+    if failures:
+        return MeasurementError.exit_code
+    return DivergedError.exit_code if diverged else 0
+
+
+def _absolute(source: str) -> str:
+    """A path as the workers find it, whose folder is theirs to choose; anything else as it is."""
+    return str(Path(source).resolve()) if os.path.exists(source) else source
+
+
+def grid_of(records: Sequence[dict[str, Any]]) -> Grid:
+    """The record of a grid from those of its cells."""
+    known = [each.name for each in dataclasses.fields(Cell)]
+    shared = records[0]["shared"]
+    evaluation = {**records[0]["evaluation"], "epochs": records[0]["epochs"]}
+    return Grid(
+        shared["preset"],
+        shared["model"],
+        shared["train"],
+        shared["data"],
+        evaluation,
+        records[0]["machine"],
+        tuple(Cell(**{key: record[key] for key in known if key in record}) for record in records),
+        records[0]["versions"],
+    )
+
+
+def show_grid(grid: Grid, screen: Console) -> None:
+    """Print a grid's tables."""
+    rows = summarise(grid)
+    for sentence in setting_lines(grid):
+        say(screen, sentence)
+    screen.print(_table("variants", TABLE_HEADER, table_lines(rows)))
+    if any("-tau-" in row.name for row in rows):
+        screen.print(_table("surprise thresholds", SWEEP_HEADER, sweep_lines(rows)))
+
+
+def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=Text(title), title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 or name in ("finding", "its claim") else "right")
+    for *first, claim in lines:
+        table.add_row(*map(Text, first), Text(claim, style=_STYLES.get(claim, "default")))
+    return table
+
+
+def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
+    """Redraw one or several grids from their records; several are set beside each other by size."""
+    grids = by_size([read_grid(folder) for folder in folders])
+    screen = console()
+    for grid in grids:
+        show_grid(grid, screen)
+    growths = scaling(grids)
+    if growths:
+        screen.print(_table("sizes", SCALING_HEADER, scaling_lines(growths)))
+    if out is not None:
+        written = []
+        for grid in grids:
+            written += write_tables(grid, out if len(grids) == 1 else out / grid.preset)
+        if len(grids) > 1:
+            written += write_scaling(grids, growths, out)
+        for path in (*written, *save_study_figures(grids, _largest_probed(folders, grids), out)):
+            say(console(stderr=True), f"wrote {path}")
+    return 0
+
+
+def _largest_probed(folders: Sequence[Path], grids: Sequence[Grid]) -> Path:
+    """The folder, of the largest model that has probes, whose probes are drawn; any where none has."""
+    order = [grid.preset for grid in grids]
+    by_order = sorted(folders, key=lambda folder: order.index(read_grid(folder).preset), reverse=True)
+    return next((folder for folder in by_order if read_probed(folder)), by_order[0])
+
+
+def save_study_figures(grids: Sequence[Grid], probed: Path, out: Path) -> list[Path]:
+    """Figures 1 to 5 of the study, as far as there is something to draw."""
+    from hopeprobe.plots import save
+    from hopeprobe.plots.study_losses import draw_curves, draw_importance
+    from hopeprobe.plots.study_probes import draw_cms, draw_gate, draw_memories
+
+    rows = [row for row in read_probed(probed) if row.name == REFERENCE]
+    drawings: list[tuple[str, Callable[[], Canvas]]] = [
+        ("figure-1.png", lambda: draw_cms(rows)),
+        ("figure-2.png", lambda: draw_memories(rows)),
+        ("figure-3.png", lambda: draw_gate(rows)),
+        ("figure-4.png", lambda: draw_importance(grids)),
+        ("figure-5.png", lambda: draw_curves(grids[-1])),
+    ]
+    written = []
+    for name, draw in drawings:
+        try:
+            written.append(save(draw(), out / name))
+        except MeasurementError:  # nothing to draw
+            continue
+    return written

@@ -1,0 +1,195 @@
+"""The record of a grid: what its cells share, what each gave, and how the setting differs from the study's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.files import write_atomically
+
+from .published import SETTINGS, column
+
+SCHEMA_VERSION = 1
+RECORD = "ablation.json"
+REFERENCE = "full"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid. Losses are means over the same held-out tokens, nats a token; NaN where it diverged.
+
+    Attributes:
+        name: the variant, and the threshold where it is not the variant's own: `full`, `full-tau-4`.
+        same_as: name of the cell whose computation this one is, so that it was not run; None if it ran.
+        why: how that is known, or why it diverged.
+        live, frozen: held-out loss with and without writes.
+        gate_rate: share of held-out tokens whose surprise exceeds the threshold; NaN where nothing is written.
+        surprise_min: the lowest loss of any token, trained on or measured; NaN where the record lacks it.
+        train_loss: mean over the last tenth of the steps.
+        curve: `step` and mean training `loss` of the steps up to it; `held_out_step`, `live`, `frozen`.
+
+    """
+
+    name: str
+    variant: str
+    seed: int
+    steps: int
+    status: str  # done or diverged
+    threshold: float | None = None
+    same_as: str | None = None
+    why: str = ""
+    parameters: int = 0
+    first_batch: str = ""
+    live: float = math.nan
+    frozen: float = math.nan
+    gate_rate: float = math.nan
+    surprise_min: float = math.nan
+    train_loss: float = math.nan
+    train_s: float = math.nan  # seconds of its steps alone
+    threads: int = 0
+    curve: Mapping[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            if getattr(self, each.name) is None and each.type == "float":  # JSON has no NaN
+                object.__setattr__(self, each.name, math.nan)
+
+    @property
+    def done(self) -> bool:
+        """Did it end with a loss."""
+        return self.status == "done"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of runs that share everything but variant, threshold and seed.
+
+    Attributes:
+        preset: its size's name.
+        model: configuration of `full`, or of the first variant there is.
+        train: training configuration, without the seed.
+        data: identity of the text.
+        evaluation: what the held-out losses were measured on.
+        hardware: where it ran.
+        cells: in the order of the table, seed by seed.
+
+    Raises BadInputError for cells that did not see the same data in the same order.
+    """
+
+    preset: str
+    model: Mapping[str, Any]
+    train: Mapping[str, Any]
+    data: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    hardware: Mapping[str, Any]
+    cells: tuple[Cell, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first: dict[int, tuple[str, str]] = {}
+        for cell in self.cells:
+            name, digest = first.setdefault(cell.seed, (cell.name, cell.first_batch))
+            if digest != cell.first_batch:
+                raise BadInputError(
+                    f"seed {cell.seed}: {cell.name} began with other tokens than {name}, so that their losses "
+                    "cannot be paired: the runs are not of one grid"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of rows, in order."""
+        return list(dict.fromkeys(cell.name for cell in self.cells))
+
+    @property
+    def seeds(self) -> list[int]:
+        """All seeds."""
+        return sorted({cell.seed for cell in self.cells})
+
+    def of(self, name: str) -> dict[int, Cell]:
+        """Cells of one row by seed."""
+        return {cell.seed: cell for cell in self.cells if cell.name == name}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; NaN becomes None."""
+        return {"schema_version": SCHEMA_VERSION, **_plain(dataclasses.asdict(self))}
+
+    def write(self, folder: Path) -> Path:
+        """Write `ablation.json`, whole or not at all."""
+        return write_atomically(
+            folder / RECORD, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
+        )
+
+
+def read_grid(path: str | os.PathLike[str]) -> Grid:
+    """Read the record of a grid, a file or the folder it lies in; BadInputError says what is wrong with it."""
+    file = Path(path)
+    file = file / RECORD if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInputError(
+            f"{file} does not exist: `hopeprobe ablate --out {file.parent}` writes it"
+        ) from None
+    except OSError as error:
+        raise BadInputError(f"cannot read {file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise BadInputError(f"{file} is not the record of a grid: {error}") from None
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise BadInputError(
+            f"{file} is not the record of a grid in version {SCHEMA_VERSION} (`schema_version`)"
+        )
+    try:
+        fields = {key: value for key, value in content.items() if key != "schema_version"}
+        _known(fields, Grid)
+        cells = []
+        for cell in fields.pop("cells"):
+            _known(cell, Cell)
+            cells.append(Cell(**cell))
+        return Grid(**fields, cells=tuple(cells))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BadInputError(f"{file} does not have what the record of a grid has: {error}") from None
+    except BadInputError as error:
+        raise BadInputError(f"{file}: {error}") from None
+
+
+def _known(given: Mapping[str, Any], cls: type) -> None:
+    known = [each.name for each in dataclasses.fields(cls)]
+    for key in given:
+        if key not in known:
+            raise BadInputError(f"unknown key {key!r} in {cls.__name__}{near_names(key, known)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def differences_to_study(grid: Grid) -> list[str]:
+    """In what the setting is not the study's, one phrase each, the study's own in brackets; empty if in nothing."""
+    theirs = SETTINGS[column(grid.model["dim"])]
+    found = []
+    for name, ours, its in (
+        ("width", grid.model["dim"], theirs.dim),
+        ("layers", grid.model["layers"], theirs.layers),
+        ("context", grid.model["context"], theirs.context),
+        ("steps", grid.train["steps"], theirs.steps),
+        ("batch", grid.train["batch"], theirs.batch),
+        ("learning rate", grid.train["learning_rate"], theirs.learning_rate),
+    ):
+        if ours != its:
+            found.append(f"{name} {ours:,} ({its:,})")
+    if grid.data.get("name") != theirs.data:
+        found.append(f"data {grid.data.get('name')} ({theirs.data})")
+    if grid.evaluation["epochs"] > 1:
+        found.append(f"{grid.evaluation['epochs']:.1f} epochs (less than one)")
+    return found

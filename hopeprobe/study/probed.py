@@ -1,0 +1,135 @@
+"""Rows of probes over seeds: one number a statistic, step and place, its interval over runs, its nulls beside it.
+
+The nulls are means over the same runs: of each run's own initial weights, and of the fresh re-initialisations it was
+compared with, whose range is the mean of theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hopeprobe.errors import BadInputError
+from hopeprobe.files import write_atomically
+from hopeprobe.stats import over_seeds
+
+if TYPE_CHECKING:
+    from hopeprobe.results import Results
+
+TABLE = "probes.csv"
+_PLACE = ("probe", "statistic", "step", "layer", "component", "condition", "position")
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One number over seeds. NaN for an interval of one seed, and where no run has a null of that kind."""
+
+    name: str  # of the cells
+    probe: str
+    statistic: str
+    step: int
+    layer: int | None
+    component: str
+    condition: str
+    position: str
+    unit: str
+    seeds: int
+    value: float
+    ci_low: float
+    ci_high: float
+    verdicts: str  # "learned 2, inconclusive 1"
+    own_init: float
+    fresh_init: float
+    fresh_low: float
+    fresh_high: float
+
+
+@dataclass
+class _Gathered:
+    unit: str = ""
+    values: list[float] = field(default_factory=list)
+    verdicts: Counter[str] = field(default_factory=Counter)
+    nulls: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
+
+
+def over_runs(name: str, runs: Iterable[Results]) -> list[Probed]:
+    """Put the results of runs that differ in their seed together; a value that is NaN counts for nothing."""
+    places: dict[tuple[Any, ...], _Gathered] = {}
+    for results in runs:
+        nulls = results.nulls_by_row()
+        for row in results.rows:
+            found = places.setdefault(tuple(getattr(row, key) for key in _PLACE), _Gathered(row.unit))
+            found.verdicts[str(row.verdict)] += 1
+            if math.isnan(row.value):
+                continue
+            found.values.append(row.value)
+            for kind, null in nulls.get(row.key, {}).items():
+                if not math.isnan(null.value):
+                    found.nulls.setdefault(kind, []).append((null.value, null.low, null.high))
+    return [_together(name, place, found) for place, found in places.items() if found.values]
+
+
+def _together(name: str, place: tuple[Any, ...], found: _Gathered) -> Probed:
+    spread = over_seeds(found.values)
+    nothing = [math.nan] * 3
+    own, fresh = (
+        [_mean(c) for c in zip(*found.nulls.get(kind, []), strict=True)] or nothing for kind in _KINDS
+    )
+    where: dict[str, Any] = dict(zip(_PLACE, place, strict=True))
+    return Probed(
+        name=name,
+        **where,
+        unit=found.unit,
+        seeds=spread.n,
+        value=spread.mean,
+        ci_low=spread.ci_low,
+        ci_high=spread.ci_high,
+        verdicts=", ".join(f"{verdict} {n}" for verdict, n in found.verdicts.most_common()),
+        own_init=own[0],
+        fresh_init=fresh[0],
+        fresh_low=fresh[1],
+        fresh_high=fresh[2],
+    )
+
+
+_KINDS = ("own-init", "fresh-init")
+
+
+def _mean(values: Iterable[float]) -> float:
+    given = list(values)
+    return math.fsum(given) / len(given)
+
+
+def write_probed(rows: Iterable[Probed], folder: Path) -> Path:
+    """Write `probes.csv`; numbers with six digits."""
+    import pandas as pd
+
+    frame = pd.DataFrame([asdict(row) for row in rows], columns=[each.name for each in fields(Probed)])
+    frame["layer"] = frame["layer"].astype("Int64")
+    return write_atomically(folder / TABLE, frame.to_csv(index=False, float_format="%.6g").encode())
+
+
+def read_probed(path: str | os.PathLike[str]) -> list[Probed]:
+    """Read `probes.csv`, a file or the folder it lies in; nothing where there is none; raises BadInputError."""
+    import pandas as pd
+
+    file = Path(path) / TABLE if Path(path).is_dir() else Path(path)
+    if not file.exists():
+        return []
+    try:
+        kinds: dict[str, Any] = {"layer": "Int64", "position": str, "component": str, "condition": str}
+        frame = pd.read_csv(file, dtype=kinds)
+        texts = ["component", "condition", "position"]
+        frame[texts] = frame[texts].fillna("")
+        records: list[Mapping[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
+        return [
+            Probed(**{**row, "layer": None if pd.isna(row["layer"]) else int(row["layer"])})
+            for row in records
+        ]
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise BadInputError(f"{file} is not a table of probes over seeds: {error}") from None

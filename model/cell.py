@@ -1,0 +1,277 @@
+"""One cell of a grid of runs: train a variant with a seed, measure its held-out loss, leave a record.
+
+`run_cell` is a pure function of a `CellSpec` and its data but for the times it notes; `cell.json`, written last, says
+that the cell is done. A cell that was killed goes on from its last resumable checkpoint. As a program this file is a
+worker: it reads a spec from its standard input, a line of JSON, prints a line a step, and ends when that input ends, so
+that it never outlives whoever started it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hopeprobe
+from hopeprobe.errors import BadInputError, DivergedError, HopeprobeError
+from hopeprobe.files import write_atomically
+from hopeprobe.model.checkpoint import run_checkpoints
+from hopeprobe.model.config import PRESETS, ModelConfig, from_dict
+from hopeprobe.model.measure import held_out
+from hopeprobe.model.train import Run, TrainConfig, train
+from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, load_tokens
+
+RECORD = "cell.json"
+#: Points of a cell's training curve, at most.
+_POINTS = 100
+#: Windows at once when the held-out loss is measured: sums in another order would differ in the last digit.
+_EVAL_BATCH = 8
+
+Told = Callable[[int, float], None]
+"""Called after each step with its number and loss."""
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """What a cell is. `threshold`: where it is not the variant's own; `tokens`: how many are measured at the end."""
+
+    name: str
+    variant: str
+    seed: int
+    preset: str
+    model: ModelConfig
+    train: TrainConfig
+    data: tuple[str, ...]
+    tokens: int
+    folder: Path
+    threshold: float | None = None
+    threads: int = 1
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps({**dataclasses.asdict(self), "folder": str(self.folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> CellSpec:
+        """The spec of such a line."""
+        content = json.loads(text)
+        content |= {
+            "model": from_dict(ModelConfig, content["model"]),
+            "train": from_dict(TrainConfig, content["train"]),
+            "data": tuple(content["data"]),
+            "folder": Path(content["folder"]),
+        }
+        return cls(**content)
+
+    def shared(self, data: TokenData) -> dict[str, Any]:
+        """What cells of one grid have in common, as plain data: all but variant, threshold and seed."""
+        trained = dataclasses.asdict(self.train)
+        for name in ("seed", "checkpoint_every", "eval_every", "eval_tokens"):
+            del trained[name]
+        text = {
+            key: value for key, value in data.identity().items() if key != "source"
+        }  # which is a path, as a rule
+        model = self.model.to_dict()
+        for name in ("variant", "surprise_threshold"):
+            del model[name]
+        if self.variant == "transformer-matched":
+            for name in ("dim", "layers", "heads"):  # its own
+                model[name] = getattr(PRESETS[self.preset], name)
+        return {"preset": self.preset, "model": model, "train": trained, "data": text, "tokens": self.tokens}
+
+    def identity(self, data: TokenData) -> str:
+        """Digest (hex) of all that the record depends on."""
+        content = [self.name, self.seed, self.model.to_dict(), self.shared(data)]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def computation(config: ModelConfig) -> dict[str, Any]:
+    """What a configuration computes while every token passes its gate: equal for equal computations.
+
+    Names, thresholds and what the variant does not have are left out.
+    """
+    parts = dataclasses.asdict(config.parts)
+    content = config.to_dict() | {"levels": [dataclasses.asdict(level) for level in config.levels]}
+    for key in ("variant", "surprise_threshold", "cms_levels"):
+        del content[key]
+    for key in ("one_period", "no_threshold"):
+        del parts[key]
+    return content | {"parts": parts}
+
+
+def same_computation(done: dict[str, Any], config: ModelConfig) -> str | None:
+    """Why a finished cell, by its record, is what `config` would compute with its seed; None where it is not."""
+    other = from_dict(ModelConfig, done["model"])
+    if done["status"] != "done" or computation(other) != computation(config):
+        return None
+    if not config.writes:
+        return "nothing is written in either"
+    if config.threshold == other.threshold:
+        return f"the threshold is {config.threshold:g} in both"
+    highest, lowest = max(config.threshold, other.threshold), done["surprise_min"]
+    if lowest is None or not lowest > highest:
+        return None
+    return (
+        f"every gate was open: the lowest surprise of any token was {lowest:.4g} nats, "
+        f"the thresholds are {config.threshold:g} and {other.threshold:g}"
+    )
+
+
+def read_record(spec: CellSpec, data: TokenData) -> dict[str, Any] | None:
+    """The record of a cell that is done as `spec` asks, else None; BadInputError for a file that cannot be read."""
+    path = spec.folder / RECORD
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if content["identity"] == spec.identity(data) else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{path} is not the record of a cell ({error}): delete it, and the cell goes on from its checkpoints"
+        ) from None
+
+
+def run_cell(spec: CellSpec, data: TokenData, told: Told | None = None) -> dict[str, Any]:
+    """Train a cell as far as `spec` says, or on from where it was left, measure it, write its record.
+
+    A run that diverges has a record too: the same seed would diverge again. Raises BadInputError where the folder holds
+    a run that is set otherwise or has gone further.
+    """
+    record = {
+        "name": spec.name, "variant": spec.variant, "threshold": spec.threshold, "seed": spec.seed,
+        "steps": spec.train.steps, "status": "done", "same_as": None, "why": "",
+        "threads": torch.get_num_threads(),
+        "model": spec.model.to_dict(), "shared": spec.shared(data), "identity": spec.identity(data),
+        "machine": machine(),
+        "versions": {"hopeprobe": hopeprobe.__version__, "torch": torch.__version__},
+    }  # fmt: skip
+    windows = EvalWindows(data, context=spec.model.context, tokens=spec.tokens, batch=_EVAL_BATCH)
+    record["evaluation"] = {
+        "tokens": windows.n_tokens, "documents": windows.n_documents, "windows": windows.fingerprint,
+    }  # fmt: skip
+    try:
+        run = train(
+            spec.model,
+            spec.train,
+            data,
+            spec.folder,
+            resume=bool(run_checkpoints(spec.folder)),
+            progress=None if told is None else lambda step, metrics: told(step, metrics["loss"]),
+        )
+        record |= _measured(spec, run, windows)
+    except DivergedError as error:
+        record |= {"status": "diverged", "why": str(error)}
+    record |= _of_run(spec, data)
+    return write_record(spec.folder, record)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write `cell.json`, whole or not at all; gives the record as it will be read."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    write_atomically(folder / RECORD, f"{text}\n".encode())
+    plain: dict[str, Any] = json.loads(text)
+    return plain
+
+
+def machine() -> dict[str, Any]:
+    """Where this runs."""
+    processor = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return {"processor": processor, "cores": os.cpu_count(), "device": "cpu"}
+
+
+def _measured(spec: CellSpec, run: Run, windows: EvalWindows) -> dict[str, Any]:
+    if run.step != spec.train.steps:
+        raise BadInputError(
+            f"{spec.folder} has gone {run.step} steps already, more than the {spec.train.steps} asked for: "
+            "take at least as many, or another --out"
+        )
+    live = held_out(run.model, windows)
+    frozen = held_out(run.model, windows, frozen=True) if spec.model.writes else live
+    trained = [line["surprise_min"] for line in _lines(spec.folder) if line.get("surprise_min") is not None]
+    known = len(trained) == spec.train.steps
+    return {
+        "live": live.loss,
+        "frozen": frozen.loss,
+        "gate_rate": live.share_above if spec.model.writes else None,
+        "surprise_min": min([live.lowest, *trained]) if known else None,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+    }
+
+
+def _of_run(spec: CellSpec, data: TokenData) -> dict[str, Any]:
+    lines = _lines(spec.folder)
+    per_step = spec.train.batch * spec.model.context
+    last = [line["loss"] for line in lines[-max(1, spec.train.steps // 10) :] if line["loss"] is not None]
+    first = TrainWindows(data, spec.model.context, spec.train.batch, spec.train.seed).batch_at(0)
+    return {
+        "train_loss": math.fsum(last) / len(last) if last else None,
+        "train_s": math.fsum(per_step / line["tokens_per_s"] for line in lines),
+        "curve": _curve(lines, spec.train.steps),
+        "epochs": TrainWindows(data, spec.model.context, spec.train.batch, 0).epochs(spec.train.steps),
+        "first_batch": hashlib.sha256(first.astype("<i8").tobytes()).hexdigest(),
+    }
+
+
+def _curve(lines: list[dict[str, Any]], steps: int) -> dict[str, list[Any]]:
+    size = max(1, math.ceil(steps / _POINTS))
+    blocks = [lines[i : i + size] for i in range(0, len(lines), size)]
+    held = [line for line in lines if "held_out_live" in line]
+    return {
+        "step": [block[-1]["step"] for block in blocks],
+        "loss": [round(math.fsum(line["loss"] for line in block) / len(block), 5) for block in blocks],
+        "held_out_step": [line["step"] for line in held],
+        "live": [round(line["held_out_live"], 5) for line in held],
+        "frozen": [round(line["held_out_frozen"], 5) for line in held],
+    }
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def main() -> None:
+    """Be a worker."""
+    spec = CellSpec.from_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    torch.set_num_threads(spec.threads)
+
+    def told(step: int, loss: float) -> None:
+        print(json.dumps({"step": step, "loss": loss}), flush=True)
+
+    try:
+        run_cell(spec, load_tokens(list(spec.data) if len(spec.data) > 1 else spec.data[0]), told)
+    except HopeprobeError as error:
+        print(str(error), flush=True)
+        sys.exit(error.exit_code)
+
+
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(
+        1
+    )  # whoever started this has gone: files are written whole or not at all, so now is as good as any time
+
+
+if __name__ == "__main__":
+    main()
