@@ -21,10 +21,12 @@ from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
 from hopeprobe.study import Cell, Grid, read_grid, scaling, summarise
+from hopeprobe.study.claims import claims
 from hopeprobe.study.grid import REFERENCE
 from hopeprobe.study.probed import read_probed
 from hopeprobe.study.scaling import by_size
 from hopeprobe.study.writing import (
+    CLAIMS_HEADER,
     SCALING_HEADER,
     SWEEP_HEADER,
     TABLE_HEADER,
@@ -32,6 +34,7 @@ from hopeprobe.study.writing import (
     setting_lines,
     sweep_lines,
     table_lines,
+    write_claims,
     write_scaling,
     write_tables,
 )
@@ -120,7 +123,9 @@ def run_ablation(
         raise MeasurementError("no cell could be run")
     grid = grid_of(known_cells(options.out, ran.records[0]))
     grid.write(options.out)
-    for path in (*write_tables(grid, options.out), *save_study_figures([grid], options.out, options.out)):
+    found = claims([grid], read_probed(options.out))
+    written = [*write_tables(grid, options.out), *write_claims(found, options.out)]
+    for path in (*written, *save_study_figures([grid], options.out, options.out)):
         say(screen, f"wrote {path}")
     show_grid(grid, console())
     diverged = [record for record in ran.records if record["status"] == "diverged"]
@@ -181,13 +186,20 @@ def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
     growths = scaling(grids)
     if growths:
         screen.print(_table("sizes", SCALING_HEADER, scaling_lines(growths)))
+    probed = _largest_probed(folders, grids)
+    found = claims(grids, read_probed(probed))
+    if found:
+        screen.print(
+            _table("the study's claims", CLAIMS_HEADER, [dataclasses.astuple(claim) for claim in found])
+        )
     if out is not None:
         written = []
         for grid in grids:
             written += write_tables(grid, out if len(grids) == 1 else out / grid.preset)
         if len(grids) > 1:
             written += write_scaling(grids, growths, out)
-        for path in (*written, *save_study_figures(grids, _largest_probed(folders, grids), out)):
+        written += write_claims(found, out)
+        for path in (*written, *save_study_figures(grids, probed, out)):
             say(console(stderr=True), f"wrote {path}")
     return 0
 

@@ -6,13 +6,14 @@ dotted line the runs' own initial weights.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hopeprobe.errors import MeasurementError
+from hopeprobe.study.probed import mean_of_layers
+from hopeprobe.study.published import STUDY_PASS_RATES
 
 if TYPE_CHECKING:
     from hopeprobe.study.probed import Probed
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 Rows: TypeAlias = "Sequence[Probed]"
 _MARKERS = "os^Dv<>P"
-#: Share of tokens that pass the gate at these thresholds (nats), in per cent: the study, section 4.4 and Figure 3b.
-STUDY_PASS_RATES = {5.0: 100.0, 10.0: 99.97, 20.0: 99.8, 50.0: 83.6}
 
 
 def draw_cms(rows: Rows) -> Canvas:
@@ -34,10 +33,10 @@ def draw_cms(rows: Rows) -> Canvas:
     _something(norms, drift, *shared)
     with blank(11.5, 8.2) as figure:
         (a, b), (c, d) = figure.subplots(2, 2)
-        _over_steps(a, _mean_of_layers(norms), lambda row: row.component)
+        _over_steps(a, mean_of_layers(norms), lambda row: row.component)
         a.set(title="(a) norm of a level's weights, mean of layers", ylabel="L2 norm")
         last = [row for row in drift if row.step == max(r.step for r in drift)]
-        between = [(_end_of(row.position), row) for row in _mean_of_layers(last)]
+        between = [(_end_of(row.position), row) for row in mean_of_layers(last)]
         _lines(b, between, lambda row: row.component)
         b.set(
             title="(b) drift between checkpoints, of the norm before\n(grey: between unrelated initialisations)",
@@ -45,7 +44,7 @@ def draw_cms(rows: Rows) -> Canvas:
         )
         _log(b)
         for marker, part, label in zip("os", shared, ("outputs", "what the levels add"), strict=True):
-            _over_steps(c, _mean_of_layers(part), lambda _, label=label: label, marker)  # type: ignore[misc]
+            _over_steps(c, mean_of_layers(part), lambda _, label=label: label, marker)  # type: ignore[misc]
         c.axhline(0.77, color="0.3", linewidth=1, linestyle="-.")
         c.annotate(
             "the study: 0.77",
@@ -74,13 +73,13 @@ def draw_memories(rows: Rows) -> Canvas:
     _something(moved, drift)
     with blank(11.5, 5.0) as figure:
         a, b = figure.subplots(1, 2)
-        _over_steps(a, _mean_of_layers(moved), lambda row: row.component, nulls="range")
+        _over_steps(a, mean_of_layers(moved), lambda row: row.component, nulls="range")
         a.set(
             title="(a) distance of the memories' matrices from their own initial ones\n"
             "(grey: between unrelated initialisations, what the study drew)",
             ylabel="L2 distance, mean of layers",
         )
-        _over_steps(b, _mean_of_layers(drift), lambda row: row.component.removeprefix("selfmod."))
+        _over_steps(b, mean_of_layers(drift), lambda row: row.component.removeprefix("selfmod."))
         b.axhline(1.0, color="0.3", linewidth=1, linestyle="-.")
         b.annotate(
             "the study: 1.0",
@@ -140,25 +139,6 @@ def _of(rows: Rows, probe: str, statistic: str) -> list[Probed]:
 def _something(*parts: Rows) -> None:
     if not any(parts):
         raise MeasurementError("no probe of this figure was run: there is nothing to draw")
-
-
-def _mean_of_layers(rows: Iterable[Probed]) -> list[Probed]:
-    """The mean over layers, where a statistic has layers: values and nulls; its ends are the means of theirs.
-
-    That interval is at least as wide as one of the mean itself.
-    """
-    together: dict[tuple[Any, ...], list[Probed]] = {}
-    for row in rows:
-        if row.layer is not None:
-            together.setdefault((row.step, row.component, row.position), []).append(row)
-    numbers = ("value", "ci_low", "ci_high", "own_init", "fresh_init", "fresh_low", "fresh_high")
-    found = []
-    for layers in together.values():
-        means: dict[str, Any] = {
-            n: math.fsum(getattr(row, n) for row in layers) / len(layers) for n in numbers
-        }
-        found.append(dataclasses.replace(layers[0], layer=None, **means))
-    return found
 
 
 def _over_steps(

@@ -4,6 +4,7 @@ published   what the study printed, and how its runs were set
 grid        the record of a grid: cells, what they share, where that differs from the study's setting
 summary     one row a variant: losses, paired differences to `full`, resolution, what becomes of the published claim
 scaling     the same differences at several sizes
+claims      every published claim and its answer
 probed      rows of probes, over seeds
 writing     tables as CSV and Markdown
 """

@@ -10,7 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,25 @@ _KINDS = ("own-init", "fresh-init")
 def _mean(values: Iterable[float]) -> float:
     given = list(values)
     return math.fsum(given) / len(given)
+
+
+def mean_of_layers(rows: Iterable[Probed]) -> list[Probed]:
+    """The mean over layers, where a statistic has layers: values and nulls; its ends are the means of theirs.
+
+    That interval is at least as wide as one of the mean itself.
+    """
+    together: dict[tuple[Any, ...], list[Probed]] = {}
+    for row in rows:
+        if row.layer is not None:
+            together.setdefault((row.step, row.component, row.position), []).append(row)
+    numbers = ("value", "ci_low", "ci_high", "own_init", "fresh_init", "fresh_low", "fresh_high")
+    found = []
+    for layers in together.values():
+        means: dict[str, Any] = {
+            n: math.fsum(getattr(row, n) for row in layers) / len(layers) for n in numbers
+        }
+        found.append(replace(layers[0], layer=None, **means))
+    return found
 
 
 def write_probed(rows: Iterable[Probed], folder: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hopeprobe.files import write_atomically
 from hopeprobe.stats import Contrast, OverSeeds
 
+from .claims import Claim
 from .grid import REFERENCE, Grid, differences_to_study
 from .published import NOISE, column
 from .scaling import Growth
@@ -216,6 +217,17 @@ def write_tables(grid: Grid, folder: Path) -> list[Path]:
         write_atomically(folder / "table.csv", table_frame(rows).to_csv(index=False).encode()),
         write_atomically(folder / "tables.md", "\n".join(parts).encode()),
     ]
+
+
+CLAIMS_HEADER = ("study", "claim", "here", "at initialisation", "answer")
+
+
+def write_claims(found: Sequence[Claim], folder: Path) -> list[Path]:
+    """Write `claims.md`; nothing where there is nothing to say."""
+    if not found:
+        return []
+    lines = [dataclasses.astuple(claim) for claim in found]
+    return [write_atomically(folder / "claims.md", markdown(CLAIMS_HEADER, lines).encode())]
 
 
 def write_scaling(grids: Sequence[Grid], growths: Sequence[Growth], folder: Path) -> list[Path]:

@@ -47,7 +47,7 @@ def again(call, command, made, text, *more):
 def test_a_grid_leaves_its_record_tables_and_figures(made):
     names = {path.name for path in made.iterdir() if path.is_file()}
     assert names == {
-        ".lock", "ablation.json", "cells.csv", "table.csv", "tables.md", "figure-4.png", "figure-5.png",
+        ".lock", "ablation.json", "cells.csv", "table.csv", "tables.md", "claims.md", "figure-4.png", "figure-5.png",
     }  # fmt: skip
     grid = read_grid(made)
     assert grid.names == ["full", "no-surprise", "transformer"]  # full is always there, to compare with
@@ -99,7 +99,7 @@ def test_a_longer_grid_leaves_the_shorter_cells_out(call, made, text, tmp_path):
 def test_comparing_redraws_what_the_run_drew(call, made, tmp_path):
     done = call("compare", made, "--out", tmp_path)
     assert done.code == 0, done.err
-    for name in ("cells.csv", "table.csv", "tables.md", "figure-4.png", "figure-5.png"):
+    for name in ("cells.csv", "table.csv", "tables.md", "claims.md", "figure-4.png", "figure-5.png"):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
 
 
@@ -114,7 +114,7 @@ def test_sizes_are_set_beside_each_other(call, made, tmp_path):
     assert done.code == 0, done.err
     assert "nano → tiny" in done.out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "nano", "tiny", "scaling.csv", "scaling.md", "figure-4.png", "figure-5.png",
+        "nano", "tiny", "scaling.csv", "scaling.md", "claims.md", "figure-4.png", "figure-5.png",
     }  # fmt: skip
 
 
