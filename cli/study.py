@@ -137,8 +137,9 @@ def run_ablation(
 
 
 def _absolute(source: str) -> str:
-    """A path as the workers find it, whose folder is theirs to choose; anything else as it is."""
-    return str(Path(source).resolve()) if os.path.exists(source) else source
+    """A path as workers find it whatever folder they run in; anything else as it is."""
+    named = source in ("builtin", "openwebtext") or source.startswith("hf:")
+    return source if named or not os.path.exists(source) else str(Path(source).resolve())
 
 
 def grid_of(records: Sequence[dict[str, Any]]) -> Grid:

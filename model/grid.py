@@ -226,7 +226,7 @@ class _Grid:
         assert process.stdin is not None
         assert process.stdout is not None
         said: collections.deque[str] = collections.deque(maxlen=20)
-        with process, contextlib.suppress(BrokenPipeError):  # one that ended at once says why on its way
+        with contextlib.suppress(BrokenPipeError), process:  # one that ended at once has said why
             process.stdin.write(spec.to_json() + "\n")
             process.stdin.flush()
             for line in process.stdout:

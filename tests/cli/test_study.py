@@ -75,6 +75,7 @@ def test_what_is_done_is_shown_and_not_repeated(call, made, text):
         assert said in done.out
 
 
+@pytest.mark.slow
 def test_a_sweep_joins_the_grid_it_is_given(call, made, text, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(made, out)
@@ -118,6 +119,7 @@ def test_sizes_are_set_beside_each_other(call, made, tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_probes_over_the_checkpoints_of_a_grid(call, made, text, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(made, out)

@@ -143,6 +143,7 @@ def test_workers_are_processes_and_their_numbers_those_of_one(text, tmp_path):
         assert record["threads"] == 1
 
 
+@pytest.mark.slow  # processes of their own load torch
 def test_a_cell_that_fails_stops_no_other(text, tmp_path):
     asked = specs(tmp_path, text, ("full", "transformer"))
     asked[0] = dataclasses.replace(asked[0], tokens=10**9)
