@@ -156,7 +156,7 @@ def _titans_read(titans: Titans, trace: LayerTrace, x: Tensor) -> tuple[Tensor, 
     if titans.attention is not None:
         out = _attend(titans.attention, trace, x) * torch.sigmoid(titans.norm(out))
     v = l2norm(v) if config.normalise_value else v
-    return out, [l2norm(k), v, config.eta_max * eta, momentum, alpha]
+    return out, [l2norm(k), v, config.eta_max / config.chunk_memory * eta, momentum, alpha]
 
 
 def _titans_write(config: ModelConfig, trace: LayerTrace, made: list[Tensor], gate: Tensor) -> None:

@@ -2,13 +2,15 @@
 
     u = conv(x)                                    causal, depthwise
     k = l2norm(W_k u), v = l2norm(W_v u), q = l2norm(W_q u)
-    eta = eta_max sigmoid(<w_eta, u> + b_eta), mu = sigmoid(<w_mu, u> + b_mu), alpha = sigmoid(<w_alpha, u> + b_alpha)
+    eta = eta_max/C sigmoid(<w_eta, u> + b_eta), mu = sigmoid(<w_mu, u> + b_mu), alpha = sigmoid(<w_alpha, u> + b_alpha)
     S_t = mu_t S_{t-1} - eta_t dL_t                momentum; L_t = |M(k_t) - v_t|^2 / 2
     W_t = W' + alpha_t (W_{t-1} - W') + S_t        W' what it decays towards; alpha is what is kept
     y = attention(x) * sigmoid(LayerNorm(M(q)))    memory as a gate; as a layer of its own y = M(q)
 
 Projections are static: nothing here modifies itself. Gradients of a chunk are taken at its start, as the source does,
-so that both recurrences are linear and a chunk is a weighted sum of outer products (`momentum_chunk`).
+so that both recurrences are linear and a chunk is a weighted sum of outer products (`momentum_chunk`). That is why
+eta is bounded by the chunk's C tokens: a chunk that repeats one token takes C steps along one gradient, and with
+eta_max a token fast weights overflowed within a window of ordinary text.
 
 Source: Behrouz, Zhong & Mirrokni, "Titans" (arXiv 2501.00663), Eqs. 9-14 and section 4.2.
 """
@@ -113,7 +115,7 @@ class Titans(nn.Module):
         out = "y = M(q)" if self.attention is None else "y = attention(x) * sigmoid(LayerNorm(M(q)))"
         self.hook_out = point("hook_out", "batch pos d_model", out)
         self.hook_eta = point(
-            "hook_eta", "batch pos", "eta = eta_max sigmoid(<w_eta, u> + b_eta), before the gate"
+            "hook_eta", "batch pos", "eta = eta_max/C sigmoid(<w_eta, u> + b_eta), before the gate"
         )
         self.hook_momentum = point(
             "hook_momentum", "batch pos", "mu = sigmoid(<w_mu, u> + b_mu), before the gate"
@@ -131,6 +133,11 @@ class Titans(nn.Module):
         rule = "after the write: W' + kept (W_0 - W') + carried S_0 - sum_i weight_i dL_i"
         self.hook_w1 = point("memory.hook_fast_w1", "batch out in", rule, cadence="write")
         self.hook_w2 = point("memory.hook_fast_w2", "batch out in", rule, cadence="write")
+
+    @property
+    def step_max(self) -> float:
+        """The largest eta: a chunk's steps together are at most eta_max."""
+        return self.config.eta_max / self.config.chunk_memory
 
     def init_state(self, batch: int) -> TitansState:
         """Fresh state: fast weights equal to the meta weights as they are now, no momentum, nothing seen."""
@@ -168,7 +175,7 @@ class Titans(nn.Module):
             made = Made(
                 k,
                 v,
-                self.hook_eta(self.config.eta_max * torch.sigmoid(eta + self.eta_bias)),
+                self.hook_eta(self.step_max * torch.sigmoid(eta + self.eta_bias)),
                 self.hook_momentum(torch.sigmoid(momentum + self.momentum_bias)),
                 self.hook_alpha(torch.sigmoid(alpha + self.alpha_bias)),
                 tail,

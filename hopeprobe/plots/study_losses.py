@@ -167,10 +167,11 @@ def _curve(grid: Grid, name: str) -> tuple[Any, Any]:
 
 def _paired(grid: Grid, name: str) -> tuple[Any, Any] | None:
     reference, cells = grid.of(REFERENCE), grid.of(name)
-    both = [s for s in cells if s in reference and cells[s].curve and reference[s].curve]
+    done = {s: cell for s, cell in reference.items() if cell.done and cell.curve}
+    both = [s for s in cells if s in done and cells[s].done and cells[s].curve]  # one that diverged ends early
     if not both:
         return None
-    losses = [np.subtract(cells[s].curve["loss"], reference[s].curve["loss"]) for s in both]
+    losses = [np.subtract(cells[s].curve["loss"], done[s].curve["loss"]) for s in both]
     return np.array(cells[both[0]].curve["step"]), np.array(losses)
 
 

@@ -71,7 +71,7 @@ def theirs(mine: Titans, chunk: int, sequential: bool) -> nn.Module:
         mine.config.dim, chunk_size=chunk, batch_size=chunk if sequential else None,
         model=PeerMemory(mine.memory.w1, mine.memory.w2), mem_model_norm_add_residual=False, pre_rmsnorm=False,
         store_memory_loss_fn=lambda predicted, target: 0.5 * (predicted - target).square().sum(-1),
-        default_step_transform_max_lr=mine.config.eta_max,
+        default_step_transform_max_lr=mine.step_max,
     ).to(mine.conv.dtype)  # fmt: skip
     made.to_queries, made.to_keys = (
         nn.Sequential(nn.Linear(mine.config.dim, mine.config.dim, bias=False), Unit()).to(mine.conv.dtype)

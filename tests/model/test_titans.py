@@ -197,3 +197,19 @@ def test_a_state_of_another_variant_is_refused(tokens):
         make()(tokens, state=HopeModel(TOY, seed=1, dtype=torch.float64)(tokens[:, :9]).state)
     with pytest.raises(BadInputError, match="titans_form is 'both'"):
         make(titans_form="both")
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_a_window_of_one_token_does_not_overflow(chunk):
+    """Gradients of a chunk add up where its keys are the same; the largest step a gate can ask for is bounded."""
+    config = dataclasses.replace(
+        TOY, variant="titans", dim=32, context=512, chunk_memory=chunk, surprise_threshold=0.0
+    )
+    model = HopeModel(config, seed=0)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.titans.eta_bias.fill_(8.0)  # eta at its largest
+        out = model(torch.full((1, 513), 3))
+    for block, layer in zip(model.blocks, out.state.layers, strict=True):
+        fast, meta = layer.titans.w1.norm(), block.titans.memory.w1.norm()
+        assert 0.5 < fast / meta < 2
