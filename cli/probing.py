@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import hopeprobe
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.terminal import Report
-from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.errors import BadInputError, HopeprobeError
 from hopeprobe.files import write_atomically
 from hopeprobe.model.cell import CellSpec
 from hopeprobe.model.checkpoint import step_path
@@ -78,11 +79,15 @@ def probe_cells(
             else:
                 missing.append(f"{what}: there is no checkpoint of step {step}")
     rows: list[Probed] = []
-    for name in dict.fromkeys(record["name"] for record in known_cells(folder, records[0])):
-        found = [
-            _kept(file, data, options.tokens)
-            for file in sorted((folder / name).glob(f"seed-*/{_KEPT}/*.json"))
+    known = [
+        r for r in known_cells(folder, records[0]["shared"]) if r["status"] == "done" and not r["same_as"]
+    ]
+    for name in dict.fromkeys(record["name"] for record in known):
+        folders = [
+            folder / name / f"seed-{record['seed']}" / _KEPT for record in known if record["name"] == name
         ]
+        files = [file for each in folders for file in sorted(each.glob("*.json"))]
+        found = [_kept(file, data, options.tokens) for file in files]
         rows += over_runs(name, [results for results in found if results is not None])
     if rows:
         write_probed(rows, folder)
@@ -103,7 +108,7 @@ def _probe(path: Path, data: TokenData, options: ProbeOptions, report: Report, w
             tokens=options.tokens,
             progress=lambda text, done, total: report(f"probing: {what}, {text}, batch", done, total),
         )
-    except MeasurementError as error:
+    except HopeprobeError as error:  # a damaged checkpoint too: the others can still be measured
         return [str(error)]
     for name in wanted:
         rows = [row for row in results.rows if row.probe == name]
@@ -129,6 +134,10 @@ def _kept(file: Path, data: TokenData, tokens: int) -> Results | None:
 
 
 def _identity(path: Path, probe: str, data: TokenData, tokens: int) -> str:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    content = [hopeprobe.__version__, data.fingerprint, probe, tokens, digest]
+    content = [hopeprobe.__version__, data.fingerprint, probe, tokens, _digest(path, path.stat().st_mtime_ns)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(path: Path, changed: int) -> str:  # noqa: ARG001 - a file that changed is read again
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.cli.training import load_data
 from hopeprobe.errors import BadInputError, DivergedError, MeasurementError, near_names
 from hopeprobe.model.config import PRESET_LEARNING_RATE
-from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_for
+from hopeprobe.model.grid import Setting, cells, known_cells, locked, run_grid, workers_for
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
 from hopeprobe.study import Cell, Grid, read_grid, scaling, summarise
@@ -25,6 +27,7 @@ from hopeprobe.study.claims import claims
 from hopeprobe.study.grid import REFERENCE
 from hopeprobe.study.probed import read_probed
 from hopeprobe.study.scaling import by_size
+from hopeprobe.study.summary import is_threshold
 from hopeprobe.study.writing import (
     CLAIMS_HEADER,
     SCALING_HEADER,
@@ -38,6 +41,7 @@ from hopeprobe.study.writing import (
     write_scaling,
     write_tables,
 )
+from hopeprobe.tokens import EvalWindows
 
 if TYPE_CHECKING:
     from hopeprobe.plots.canvas import Canvas
@@ -85,9 +89,9 @@ def run_ablation(
 ) -> int:
     """Run what is missing of a grid, write its record, tables and figures; returns the exit status."""
     for threshold in thresholds:
-        if not threshold >= 0:
+        if not 0 <= threshold < math.inf:
             raise BadInputError(
-                f"the threshold {threshold:g} is negative; surprise is a loss in nats, at least 0"
+                f"the threshold is {threshold:g}; surprise is a loss in nats, at least 0 and finite"
             )
     rate = options.learning_rate
     setting = Setting(
@@ -110,22 +114,29 @@ def run_ablation(
     )
     names = list(dict.fromkeys([REFERENCE, *variants]))
     specs = cells(setting, options.out, names, range(options.seeds), thresholds)
+    screen = console(stderr=True)
     with progress() as report:
         data = load_data(list(setting.data), report)
-        ran = run_grid(specs, options.out, data, options.workers or workers_for(specs), report)
-        failures = list(ran.failures)
-        if probing is not None:
-            failures += probe_cells(options.out, specs, ran.records, data, probing, report)
-    screen = console(stderr=True)
+        for tokens in (
+            options.tokens,
+            *([probing.tokens] if probing else []),
+        ):  # too many are told before training
+            EvalWindows(data, context=specs[0].model.context, tokens=tokens)
+        with locked(options.out):
+            known_cells(options.out, specs[0].shared(data))  # another grid's folder is, too
+            ran = run_grid(specs, data, options.workers or workers_for(specs), report)
+            if not ran.records:
+                raise MeasurementError("no cell could be run: " + "; ".join(ran.failures))
+            grid = grid_of(known_cells(options.out, specs[0].shared(data)))
+            written = [grid.write(options.out), *write_tables(grid, options.out)]
+            failures = list(ran.failures)
+            if probing is not None:
+                failures += probe_cells(options.out, specs, ran.records, data, probing, report)
+            written += write_claims(claims([grid], read_probed(options.out), grid), options.out)
+            written += save_study_figures([grid], options.out, options.out)
     for failure in failures:
         say(screen, f"not measured: {failure}")
-    if not ran.records:
-        raise MeasurementError("no cell could be run")
-    grid = grid_of(known_cells(options.out, ran.records[0]))
-    grid.write(options.out)
-    found = claims([grid], read_probed(options.out))
-    written = [*write_tables(grid, options.out), *write_claims(found, options.out)]
-    for path in (*written, *save_study_figures([grid], options.out, options.out)):
+    for path in written:
         say(screen, f"wrote {path}")
     show_grid(grid, console())
     diverged = [record for record in ran.records if record["status"] == "diverged"]
@@ -147,15 +158,18 @@ def grid_of(records: Sequence[dict[str, Any]]) -> Grid:
     known = [each.name for each in dataclasses.fields(Cell)]
     shared = records[0]["shared"]
     evaluation = {**records[0]["evaluation"], "epochs": records[0]["epochs"]}
+    hardware = {}
+    for record in records:
+        where = {**record["machine"], "threads": record["threads"], **record["versions"]}
+        hardware[json.dumps(where, sort_keys=True)] = where
     return Grid(
         shared["preset"],
         shared["model"],
         shared["train"],
         shared["data"],
         evaluation,
-        records[0]["machine"],
+        tuple(hardware.values()),
         tuple(Cell(**{key: record[key] for key in known if key in record}) for record in records),
-        records[0]["versions"],
     )
 
 
@@ -165,7 +179,7 @@ def show_grid(grid: Grid, screen: Console) -> None:
     for sentence in setting_lines(grid):
         say(screen, sentence)
     screen.print(_table("variants", TABLE_HEADER, table_lines(rows)))
-    if any("-tau-" in row.name for row in rows):
+    if any(is_threshold(row.name) for row in rows):
         screen.print(_table("surprise thresholds", SWEEP_HEADER, sweep_lines(rows)))
 
 
@@ -180,6 +194,7 @@ def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) ->
 
 def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
     """Redraw one or several grids from their records; several are set beside each other by size."""
+    folders = [path.parent if path.is_file() else path for path in folders]
     grids = by_size([read_grid(folder) for folder in folders])
     screen = console()
     for grid in grids:
@@ -187,8 +202,8 @@ def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
     growths = scaling(grids)
     if growths:
         screen.print(_table("sizes", SCALING_HEADER, scaling_lines(growths)))
-    probed = _largest_probed(folders, grids)
-    found = claims(grids, read_probed(probed))
+    probed, inside = _largest_probed(folders, grids)
+    found = claims(grids, read_probed(probed), inside)
     if found:
         screen.print(
             _table("the study's claims", CLAIMS_HEADER, [dataclasses.astuple(claim) for claim in found])
@@ -205,11 +220,11 @@ def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
     return 0
 
 
-def _largest_probed(folders: Sequence[Path], grids: Sequence[Grid]) -> Path:
-    """The folder, of the largest model that has probes, whose probes are drawn; any where none has."""
-    order = [grid.preset for grid in grids]
-    by_order = sorted(folders, key=lambda folder: order.index(read_grid(folder).preset), reverse=True)
-    return next((folder for folder in by_order if read_probed(folder)), by_order[0])
+def _largest_probed(folders: Sequence[Path], grids: Sequence[Grid]) -> tuple[Path, Grid]:
+    """The folder and grid of the largest model that has probes, which are drawn; of the largest where none has."""
+    by_preset = {read_grid(folder).preset: folder for folder in folders}
+    found = [(by_preset[grid.preset], grid) for grid in reversed(grids)]
+    return next((pair for pair in found if read_probed(pair[0])), found[0])
 
 
 def save_study_figures(grids: Sequence[Grid], probed: Path, out: Path) -> list[Path]:
@@ -230,6 +245,6 @@ def save_study_figures(grids: Sequence[Grid], probed: Path, out: Path) -> list[P
     for name, draw in drawings:
         try:
             written.append(save(draw(), out / name))
-        except MeasurementError:  # nothing to draw
-            continue
+        except (MeasurementError, BadInputError):  # nothing to draw, or nothing to compare with
+            (out / name).unlink(missing_ok=True)  # nor may one of another time stand there
     return written

@@ -28,6 +28,7 @@ from hopeprobe.errors import BadInputError, DivergedError, HopeprobeError
 from hopeprobe.files import write_atomically
 from hopeprobe.model.checkpoint import run_checkpoints
 from hopeprobe.model.config import PRESETS, ModelConfig, from_dict
+from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
 from hopeprobe.model.train import Run, TrainConfig, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, load_tokens
@@ -88,7 +89,9 @@ class CellSpec:
         if self.variant == "transformer-matched":
             for name in ("dim", "layers", "heads"):  # its own
                 model[name] = getattr(PRESETS[self.preset], name)
-        return {"preset": self.preset, "model": model, "train": trained, "data": text, "tokens": self.tokens}
+        content = {"preset": self.preset, "model": model, "train": trained, "data": text, "tokens": self.tokens}
+        plain: dict[str, Any] = json.loads(json.dumps(content))  # as it will be read from a record
+        return plain
 
     def identity(self, data: TokenData) -> str:
         """Digest (hex) of all that the record depends on."""
@@ -153,7 +156,7 @@ def run_cell(spec: CellSpec, data: TokenData, told: Told | None = None) -> dict[
         "steps": spec.train.steps, "status": "done", "same_as": None, "why": "",
         "threads": torch.get_num_threads(),
         "model": spec.model.to_dict(), "shared": spec.shared(data), "identity": spec.identity(data),
-        "machine": machine(),
+        "machine": machine(), "parameters": sum(w.numel() for w in HopeModel.shapes(spec.model).values()),
         "versions": {"hopeprobe": hopeprobe.__version__, "torch": torch.__version__},
     }  # fmt: skip
     windows = EvalWindows(data, context=spec.model.context, tokens=spec.tokens, batch=_EVAL_BATCH)
@@ -207,12 +210,15 @@ def _measured(spec: CellSpec, run: Run, windows: EvalWindows) -> dict[str, Any]:
     frozen = held_out(run.model, windows, frozen=True) if spec.model.writes else live
     trained = [line["surprise_min"] for line in _lines(spec.folder) if line.get("surprise_min") is not None]
     known = len(trained) == spec.train.steps
+    if not (math.isfinite(live.loss) and math.isfinite(frozen.loss)):
+        raise DivergedError(
+            f"after the last step the held-out loss is {live.loss} live, {frozen.loss} frozen"
+        )
     return {
         "live": live.loss,
         "frozen": frozen.loss,
         "gate_rate": live.share_above if spec.model.writes else None,
         "surprise_min": min([live.lowest, *trained]) if known else None,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
     }
 
 
@@ -220,20 +226,20 @@ def _of_run(spec: CellSpec, data: TokenData) -> dict[str, Any]:
     lines = _lines(spec.folder)
     per_step = spec.train.batch * spec.model.context
     last = [line["loss"] for line in lines[-max(1, spec.train.steps // 10) :] if line["loss"] is not None]
-    first = TrainWindows(data, spec.model.context, spec.train.batch, spec.train.seed).batch_at(0)
+    began = json.loads((spec.folder / "run.json").read_text(encoding="utf-8"))
     return {
         "train_loss": math.fsum(last) / len(last) if last else None,
         "train_s": math.fsum(per_step / line["tokens_per_s"] for line in lines),
         "curve": _curve(lines, spec.train.steps),
         "epochs": TrainWindows(data, spec.model.context, spec.train.batch, 0).epochs(spec.train.steps),
-        "first_batch": hashlib.sha256(first.astype("<i8").tobytes()).hexdigest(),
+        "first_batch": began["first_batch"],
     }
 
 
 def _curve(lines: list[dict[str, Any]], steps: int) -> dict[str, list[Any]]:
     size = max(1, math.ceil(steps / _POINTS))
     blocks = [lines[i : i + size] for i in range(0, len(lines), size)]
-    held = [line for line in lines if "held_out_live" in line]
+    held = [line for line in lines if None not in (line.get("held_out_live"), line.get("held_out_frozen"))]
     return {
         "step": [block[-1]["step"] for block in blocks],
         "loss": [round(math.fsum(line["loss"] for line in block) / len(block), 5) for block in blocks],

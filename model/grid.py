@@ -33,6 +33,12 @@ Progress = Callable[[str, int, int], None]
 """Told what is being done, and how many optimiser steps of it are done and there are."""
 
 
+#: The variant that all others are compared with.
+_REFERENCE = "full"
+#: The working folder is not where a worker looks for modules.
+_WORKER = "import sys; sys.path[:] = filter(None, sys.path); from hopeprobe.model.cell import main; main()"
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all cells share. `train` is completed by each cell's seed; `tokens` are held out and measured at the end."""
@@ -56,6 +62,8 @@ def cells(
     """Specs of all cells, seed by seed: the variants, then `full` at each threshold. Raises BadInputError."""
     named: list[tuple[str, str, float | None]] = [(v, v, None) for v in dict.fromkeys(variants)]
     named += [(f"full-tau-{t:g}", "full", t) for t in dict.fromkeys(thresholds)]
+    if len({name for name, _, _ in named}) < len(named):
+        raise BadInputError("two thresholds differ in their seventh digit only: they would share a folder")
     configs = {name: _config(setting, variant, threshold) for name, variant, threshold in named}
     return [
         CellSpec(
@@ -86,10 +94,9 @@ def _config(setting: Setting, variant: str, threshold: float | None) -> ModelCon
 def workers_for(specs: Sequence[CellSpec]) -> int:
     """How many cells to run at once by default: one a core, as far as memory goes."""
     most = min(fitting(spec.model, spec.train.batch) for spec in specs)
-    return max(
-        1,
-        min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, most),
-    )
+    threads = max(spec.threads for spec in specs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores // threads, most))
 
 
 class Ran(NamedTuple):
@@ -101,31 +108,51 @@ class Ran(NamedTuple):
 
 def run_grid(
     specs: Sequence[CellSpec],
-    folder: Path,
     data: TokenData,
     workers: int,
     progress: Progress | None = None,
 ) -> Ran:
     """Run the cells that are not done yet, `workers` at a time; one that fails does not stop the others.
 
-    Workers load `data` from the cache by themselves. Raises BadInputError where another process works in the folder.
+    Workers load `data` from the cache by themselves. Call it while the folder is `locked`.
     """
-    with _locked(folder):
-        return _Grid(list(specs), data, progress).run(workers)
+    return _Grid(list(specs), data, progress).run(workers)
 
 
 def known_cells(folder: Path, like: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Records of all cells in a folder that share the setting of `like`, a record: by seed, variant, threshold."""
+    """Records of all cells in a folder that share the setting `like`: by seed, variant, threshold.
+
+    Cells of another number of steps or tokens are left out. Raises BadInputError for those that differ in anything
+    else, and for a damaged record.
+    """
     found = []
-    for path in folder.glob(f"*/seed-*/{RECORD}"):
+    order = list(VARIANTS)
+    for path in sorted(folder.glob(f"*/seed-*/{RECORD}")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            if record["shared"] == like["shared"]:
-                found.append(record)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            key = (record["seed"], order.index(record["variant"]), record["threshold"] or 0.0)
+            _check_shared(path, record["shared"], like)
+            if record["shared"] == like:
+                found.append((key, record))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInputError(f"{path} is not the record of a cell ({error}): delete it") from None
-    order = list(VARIANTS)
-    return sorted(found, key=lambda r: (r["seed"], order.index(r["variant"]), r["threshold"] or 0.0))
+    return [record for _, record in sorted(found, key=lambda pair: pair[0])]
+
+
+def _check_shared(path: Path, shared: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """BadInputError for a cell that no extension of the grid could have left."""
+
+    def fixed(setting: Mapping[str, Any]) -> dict[str, Any]:
+        train = {key: value for key, value in setting["train"].items() if key != "steps"}
+        return {key: value for key, value in setting.items() if key != "tokens"} | {"train": train}
+
+    before, now = fixed(shared), fixed(like)
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise BadInputError(
+            f"{path} is of a grid set otherwise ({', '.join(changed)} differ): choose another --out. Only the number "
+            "of steps and of held-out tokens may change"
+        )
 
 
 @dataclass
@@ -137,7 +164,6 @@ class _Grid:
     progress: Progress | None
     records: dict[Path, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    failed: set[Path] = field(default_factory=set)
     steps: collections.Counter[Path] = field(default_factory=collections.Counter)
     processes: set[subprocess.Popen[str]] = field(default_factory=set)
     stopped: bool = False
@@ -160,7 +186,7 @@ class _Grid:
                     waiting, timeout=0.2, return_when=concurrent.futures.FIRST_COMPLETED
                 )
                 for future in ended:
-                    waiting |= {pool.submit(self._run, spec) for spec in future.result()}
+                    waiting |= {pool.submit(self._first_of, rest) for rest in future.result()}
         except BaseException:  # an interrupt: every file a worker writes is whole, so it can end at once
             self.stopped = True
             with self.lock:
@@ -172,13 +198,24 @@ class _Grid:
         found = [self.records[spec.folder] for spec in self.specs if spec.folder in self.records]
         return Ran(found, self.failures)
 
-    def _first_of(self, group: list[CellSpec]) -> list[CellSpec]:
-        """Run one cell of a group, unless one is done; give those that turn out to be computations of their own."""
+    def _first_of(self, group: list[CellSpec]) -> list[list[CellSpec]]:
+        """Run one cell of a group, unless one is done; what is left, as groups that may yet be one computation.
+
+        Thresholds that the lowest surprise does not exceed close their gates, each in its own way; those below it may
+        be one computation, even if it is not that of the cell that ran.
+        """
         left = self._without_twins(group)
-        if len(left) == len(group):
-            self._run(left[0])
+        if len(left) == len(group) or any(spec.name == _REFERENCE for spec in left):
+            if not self._run(left[0]):
+                return [left[1:]] if left[1:] and not self.stopped else []
             left = self._without_twins(group)
-        return [] if self.stopped else [spec for spec in left if spec.folder not in self.failed]
+        lowest = [
+            self.records[spec.folder].get("surprise_min") for spec in group if spec.folder in self.records
+        ]
+        surely = max((value for value in lowest if value is not None), default=0.0)
+        closing = [[spec] for spec in left if spec.model.threshold >= surely]
+        others = [spec for spec in left if spec.model.threshold < surely]
+        return [*closing, *([others] if others else [])]
 
     def _without_twins(self, group: list[CellSpec]) -> list[CellSpec]:
         """Cells of a group that are not done, once those that are the computation of one that is have its record."""
@@ -186,6 +223,11 @@ class _Grid:
         left = []
         for spec in group:
             if spec.folder in self.records:
+                continue
+            if (
+                spec.name == _REFERENCE
+            ):  # what others are compared with, and its probes and curves, are its own
+                left.append(spec)
                 continue
             reasons = {
                 other["name"]: why
@@ -205,20 +247,21 @@ class _Grid:
             self._done(spec, write_record(spec.folder, record))
         return left
 
-    def _run(self, spec: CellSpec) -> list[CellSpec]:
-        """Run one cell in a process of its own; nothing follows from it."""
+    def _run(self, spec: CellSpec) -> bool:
+        """Run one cell in a process of its own; whether it left a record."""
         environment = os.environ | {
             name: str(spec.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
         }
         with self.lock:
             if self.stopped:
-                return []
-            process = subprocess.Popen(
-                [sys.executable, "-m", "hopeprobe.model.cell"],
+                return False
+            process = subprocess.Popen(  # noqa: S603 - our own program
+                [sys.executable, "-c", _WORKER],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 env=environment,
                 start_new_session=True,  # an interrupt at the terminal is ours to pass on
             )
@@ -226,26 +269,25 @@ class _Grid:
         assert process.stdin is not None
         assert process.stdout is not None
         said: collections.deque[str] = collections.deque(maxlen=20)
-        with contextlib.suppress(BrokenPipeError), process:  # one that ended at once has said why
-            process.stdin.write(spec.to_json() + "\n")
-            process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError), process:  # closing the pipe of one that has ended
+            with contextlib.suppress(BrokenPipeError):  # one that ended at once says why
+                process.stdin.write(spec.to_json() + "\n")
+                process.stdin.flush()
             for line in process.stdout:
                 if line.startswith('{"step"'):
                     step = json.loads(line)
                     self._tell(spec, step["step"], f"{spec.name}, seed {spec.seed}: loss {step['loss']:.3f}")
                 else:
                     said.append(line.rstrip())
-            process.wait()
         with self.lock:
             self.processes.discard(process)
-        record = read_record(spec, self.data) if process.returncode == 0 else None
+        record = read_record(spec, self.data) if process.wait() == 0 else None
         if record is not None:
             self._done(spec, record)
         elif not self.stopped:
             why = " ".join(said) or f"its process ended with status {process.returncode}"
             self.failures.append(f"{spec.name}, seed {spec.seed}: {why}")
-            self.failed.add(spec.folder)
-        return []
+        return record is not None
 
     def _done(self, spec: CellSpec, record: dict[str, Any]) -> None:
         self.records[spec.folder] = record
@@ -261,8 +303,11 @@ class _Grid:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process; a process that dies lets go of it."""
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one process, where the system has locks for files; a process that dies lets go of it.
+
+    Raises BadInputError where another holds it, or nothing can be written there.
+    """
     try:
         import fcntl
     except ImportError:  # a system without: nothing is held

@@ -66,8 +66,8 @@ class TrainConfig:
             "eval_every",
             "eval_tokens",
         ):
-            if not getattr(self, name) > 0:
-                raise BadInputError(f"{name} is {getattr(self, name)!r}, must be above zero")
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInputError(f"{name} is {getattr(self, name)!r}, must be above zero and finite")
         for name in ("warmup", "seed", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise BadInputError(f"{name} is {getattr(self, name)!r}, must not be negative")
@@ -245,7 +245,7 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
 
 def _diverged(run: Run, step: int, what: str) -> DivergedError:
     good = run_checkpoints(run.folder)
-    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+    kept = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
     return DivergedError(f"training stopped at step {step}: {what}. {kept}")
 
 

@@ -12,7 +12,7 @@ from hopeprobe.stats import over_seeds
 from hopeprobe.study.grid import REFERENCE, Grid
 from hopeprobe.study.published import NOISE
 from hopeprobe.study.scaling import by_size
-from hopeprobe.study.summary import OPEN, Row, summarise
+from hopeprobe.study.summary import BETTER, WORSE, Row, summarise
 
 if TYPE_CHECKING:
     from .canvas import Canvas
@@ -64,7 +64,7 @@ def _importance(axis: Any, names: Sequence[str], rows: Sequence[Row], palette: S
     for row in rows:
         assert row.delta is not None
         at = names.index(row.name)
-        known = row.finding not in (OPEN, "")
+        known = row.finding in (WORSE, BETTER)
         error = None
         if row.delta.n > 1:
             error = [[row.delta.mean - row.delta.ci_low], [row.delta.ci_high - row.delta.mean]]
@@ -168,7 +168,9 @@ def _curve(grid: Grid, name: str) -> tuple[Any, Any]:
 def _paired(grid: Grid, name: str) -> tuple[Any, Any] | None:
     reference, cells = grid.of(REFERENCE), grid.of(name)
     done = {s: cell for s, cell in reference.items() if cell.done and cell.curve}
-    both = [s for s in cells if s in done and cells[s].done and cells[s].curve]  # one that diverged ends early
+    both = [
+        s for s in cells if s in done and cells[s].done and cells[s].curve
+    ]  # one that diverged ends early
     if not both:
         return None
     losses = [np.subtract(cells[s].curve["loss"], done[s].curve["loss"]) for s in both]

@@ -1,21 +1,21 @@
 """Every published claim, what one's own runs say of it, and what the same number is before training.
 
 Claims about differences of losses follow the rule of `summary` and `scaling`. Claims about a quantity inside the model
-hold where the interval over seeds reaches within 5 % of the published figure, do not hold where it does not, and are
-not resolved without an interval. Sections, tables and figures are those of the study.
+hold where the interval over seeds lies within 5 % of the published figure, do not hold where it lies outside, and are
+not resolved where it does neither. Sections, tables and figures are those of the study.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .grid import REFERENCE, Grid
 from .probed import Probed, mean_of_layers
 from .published import STUDY_PASS_RATES
 from .scaling import scaling
-from .summary import FAILS, HOLDS, OPEN, Row, summarise
+from .summary import FAILS, HOLDS, OPEN, Row, is_threshold, summarise
 
 #: How near a published figure an interval must come.
 _NEAR = 0.05
@@ -47,27 +47,32 @@ _SCALING = {
 }
 
 
-def claims(grids: Sequence[Grid], probed: Sequence[Probed]) -> list[Claim]:
-    """Claims on which these grids, smaller ones first, and probes of the runs of `full` have something to say."""
+def claims(grids: Sequence[Grid], probed: Sequence[Probed], inside: Grid) -> list[Claim]:
+    """Claims on which these grids, smaller ones first, and probes of `full` in `inside` have something to say.
+
+    Probes of another step than the last of that grid say nothing of it.
+    """
     found = []
     for grid in grids:
         rows = summarise(grid)
-        found += [_of_loss(grid, row) for row in rows if row.claim and row.name in _TABLE_1]
+        measured = [row for row in rows if row.delta is not None and row.delta.n]
+        found += [_of_loss(grid, row) for row in measured if row.claim and row.name in _TABLE_1]
     for growth in scaling(grids) if len(grids) > 1 else []:
-        if growth.claim and growth.name in _SCALING:
+        if growth.claim and growth.name in _SCALING and not math.isnan(growth.change.difference):
             change = _text(growth.change.difference, growth.change.ci_low, growth.change.ci_high, "+.3f")
             found.append(
                 Claim(
                     "4.5, Figure 4c",
                     f"{_SCALING[growth.name]} ({_printed(growth.published)})",
-                    f"{growth.small} to {growth.large}: Δ by {change}, resolves {growth.change.resolution:.2g}",
+                    f"{growth.small} to {growth.large}: Δ by {change}{_resolving(growth.change.resolution)}",
                     "",
                     growth.claim,
                 )
             )
     for grid in grids:
         found += _of_thresholds(grid, summarise(grid))
-    return found + _inside([row for row in probed if row.name == REFERENCE])
+    end = [row for row in probed if row.name == REFERENCE and row.step == inside.train["steps"]]
+    return found + [replace(claim, measured=f"{inside.preset}: {claim.measured}") for claim in _inside(end)]
 
 
 def _printed(published: tuple[float, float] | None) -> str:
@@ -80,7 +85,7 @@ def _of_loss(grid: Grid, row: Row) -> Claim:
         measured = f"{grid.preset}: the same computation as full"
     else:
         interval = _text(row.delta.mean, row.delta.ci_low, row.delta.ci_high, "+.3f")
-        measured = f"{grid.preset}: Δ {interval}, resolves {row.delta.resolution:.2g}"
+        measured = f"{grid.preset}: Δ {interval}{_resolving(row.delta.resolution)}"
     return Claim(
         "4.1, Table 1", f"{_TABLE_1[row.name]} ({row.published_delta:+.3f})", measured, "", row.claim
     )
@@ -90,7 +95,7 @@ def _of_thresholds(grid: Grid, rows: Sequence[Row]) -> list[Claim]:
     """Table 2: does every token pass, and does the threshold change the loss."""
     found = []
     for row in rows:
-        if "-tau-" not in row.name or row.published is None or math.isnan(row.gate_rate):
+        if not is_threshold(row.name) or row.published is None or math.isnan(row.gate_rate):
             continue
         share = f"{100 * row.gate_rate:.2f} % of held-out tokens"
         passing = f"{grid.preset}: {share}, lowest surprise {row.surprise_min:.3g}"
@@ -102,12 +107,8 @@ def _of_thresholds(grid: Grid, rows: Sequence[Row]) -> list[Claim]:
     return found
 
 
-def _inside(rows: Sequence[Probed]) -> list[Claim]:
-    """Sections 4.2 to 4.4, at the last step that was probed."""
-    if not rows:
-        return []
-    last = max(row.step for row in rows)
-    end = [row for row in rows if row.step == last]
+def _inside(end: Sequence[Probed]) -> list[Claim]:
+    """Sections 4.2 to 4.4."""
     found = [*_norms(end)]
     for claim, statistic, component in (
         ("outputs of fast and slow have cosine 0.77, so they are redundant", "output_cosine", "fast|slow"),
@@ -137,33 +138,38 @@ def _norms(end: Sequence[Probed]) -> list[Claim]:
         return []
     fast, slow = norms["fast"], norms["slow"]
     ratio, low, high = fast.value / slow.value, fast.ci_low / slow.ci_high, fast.ci_high / slow.ci_low
-    if math.isnan(low):
-        answer = OPEN
-    elif low >= 0.998 and high <= 1.002:
-        answer = HOLDS
-    else:
-        answer = FAILS if high < 0.998 or low > 1.002 else OPEN
+    answer = _within(low, high, 0.998, 1.002)
     return [
         Claim(
             "4.2, Figure 1a",
             "norms of fast and slow lie within 0.2 % of each other, at 26.15",
             f"fast / slow {_text(ratio, low, high, '.4f')}, at {fast.value:.2f}",
-            f"{fast.own_init / slow.own_init:.4f}, at {fast.own_init:.2f}",
+            ""
+            if math.isnan(slow.own_init)
+            else f"{fast.own_init / slow.own_init:.4f}, at {fast.own_init:.2f}",
             answer,
         )
     ]
 
 
 def _near(row: Probed, published: float) -> str:
-    if math.isnan(row.ci_low):
-        return OPEN
-    low, high = published * (1 - _NEAR), published * (1 + _NEAR)
-    return HOLDS if row.ci_low <= high and row.ci_high >= low else FAILS
+    return _within(row.ci_low, row.ci_high, published * (1 - _NEAR), published * (1 + _NEAR))
+
+
+def _within(low: float, high: float, least: float, most: float) -> str:
+    """Does an interval lie within a range, or outside; NaN does neither."""
+    if least <= low and high <= most:
+        return HOLDS
+    return FAILS if high < least or low > most else OPEN
 
 
 def _value(where: str, claim: str, row: Probed, answer: str) -> Claim:
     initial = "" if math.isnan(row.own_init) else f"{row.own_init:.3g}"
     return Claim(where, claim, _text(row.value, row.ci_low, row.ci_high, ".3g"), initial, answer)
+
+
+def _resolving(resolution: float) -> str:
+    return ", no interval" if math.isnan(resolution) else f", resolves {resolution:.2g}"
 
 
 def _text(value: float, low: float, high: float, form: str) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,11 @@ class Grid:
         train: training configuration, without the seed.
         data: identity of the text.
         evaluation: what the held-out losses were measured on.
-        hardware: where it ran.
+        hardware: where its cells ran, with how many threads and which versions; one entry where they are alike.
         cells: in the order of the table, seed by seed.
 
-    Raises BadInputError for cells that did not see the same data in the same order.
+    Raises BadInputError for cells that did not see the same data in the same order, that are there twice, that lack a
+    loss, and where what the tables need is not there.
     """
 
     preset: str
@@ -88,11 +89,12 @@ class Grid:
     train: Mapping[str, Any]
     data: Mapping[str, Any]
     evaluation: Mapping[str, Any]
-    hardware: Mapping[str, Any]
+    hardware: tuple[Mapping[str, Any], ...]
     cells: tuple[Cell, ...]
-    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_parts(self)
+        _check_cells(self.cells)
         first: dict[int, tuple[str, str]] = {}
         for cell in self.cells:
             name, digest = first.setdefault(cell.seed, (cell.name, cell.first_batch))
@@ -127,6 +129,52 @@ class Grid:
         )
 
 
+#: What the tables need: numbers, and texts, by the part of a record.
+_NEEDED = {
+    "model": (("dim", "layers", "context"), ()),
+    "train": (("steps", "batch", "learning_rate"), ()),
+    "data": (("n_documents",), ("name",)),
+    "evaluation": (("tokens", "documents", "epochs"), ()),
+}
+
+
+def _check_parts(grid: Grid) -> None:
+    if not isinstance(grid.preset, str):
+        raise BadInputError(f"preset is {grid.preset!r}, must be a name")
+    for part, (numbers, texts) in _NEEDED.items():
+        known: Any = getattr(grid, part)
+        for key in (*numbers, *texts):
+            value = known.get(key) if isinstance(known, Mapping) else None
+            if not (isinstance(value, str) if key in texts else _is_number(value)):
+                raise BadInputError(f"{part} has {value!r} for {key!r}")
+
+
+def _check_cells(cells: Iterable[Any]) -> None:
+    seen = set()
+    for cell in cells:
+        where = f"{cell.name}, seed {cell.seed}"
+        whole = all(isinstance(n, int) for n in (cell.seed, cell.steps, cell.parameters))
+        if not whole or not isinstance(cell.name, str) or cell.status not in ("done", "diverged"):
+            raise BadInputError(f"{where}: not the name, numbers and status of a cell")
+        if (cell.name, cell.seed) in seen:
+            raise BadInputError(f"{where} is there twice")
+        seen.add((cell.name, cell.seed))
+        if cell.done and not (_is_number(cell.live) and _is_number(cell.frozen)):
+            raise BadInputError(f"{where} is done and has no loss")
+        curve: Mapping[str, Any] = cell.curve if isinstance(cell.curve, Mapping) else {"step": None}
+        steps, losses = curve.get("step", []), curve.get("loss", [])
+        if not all(isinstance(line, list) and all(map(_is_number, line)) for line in (steps, losses)):
+            raise BadInputError(f"{where} has no curve of numbers")
+        if len(steps) != len(losses):
+            raise BadInputError(f"{where} has a curve of unequal lengths")
+    if not seen:
+        raise BadInputError("there is no cell in it")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def read_grid(path: str | os.PathLike[str]) -> Grid:
     """Read the record of a grid, a file or the folder it lies in; BadInputError says what is wrong with it."""
     file = Path(path)
@@ -152,6 +200,7 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
         for cell in fields.pop("cells"):
             _known(cell, Cell)
             cells.append(Cell(**cell))
+        fields["hardware"] = tuple(fields.get("hardware", ()))
         return Grid(**fields, cells=tuple(cells))
     except (TypeError, KeyError, AttributeError) as error:
         raise BadInputError(f"{file} does not have what the record of a grid has: {error}") from None
@@ -190,6 +239,8 @@ def differences_to_study(grid: Grid) -> list[str]:
             found.append(f"{name} {ours:,} ({its:,})")
     if grid.data.get("name") != theirs.data:
         found.append(f"data {grid.data.get('name')} ({theirs.data})")
+    if grid.model.get("truncate_ticks"):
+        found.append(f"outer gradient cut every {grid.model['truncate_ticks']} ticks (not said)")
     if grid.evaluation["epochs"] > 1:
         found.append(f"{grid.evaluation['epochs']:.1f} epochs (less than one)")
     return found

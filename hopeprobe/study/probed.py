@@ -130,14 +130,17 @@ def write_probed(rows: Iterable[Probed], folder: Path) -> Path:
 
     frame = pd.DataFrame([asdict(row) for row in rows], columns=[each.name for each in fields(Probed)])
     frame["layer"] = frame["layer"].astype("Int64")
-    return write_atomically(folder / TABLE, frame.to_csv(index=False, float_format="%.6g").encode())
+    return write_atomically(
+        folder / TABLE, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    )
 
 
 def read_probed(path: str | os.PathLike[str]) -> list[Probed]:
-    """Read `probes.csv`, a file or the folder it lies in; nothing where there is none; raises BadInputError."""
+    """Read `probes.csv` in a folder, or beside a file; nothing where there is none; raises BadInputError."""
     import pandas as pd
 
-    file = Path(path) / TABLE if Path(path).is_dir() else Path(path)
+    file = Path(path)
+    file = file / TABLE if file.is_dir() else file.with_name(TABLE)
     if not file.exists():
         return []
     try:
@@ -145,6 +148,18 @@ def read_probed(path: str | os.PathLike[str]) -> list[Probed]:
         frame = pd.read_csv(file, dtype=kinds)
         texts = ["component", "condition", "position"]
         frame[texts] = frame[texts].fillna("")
+        numbers = [
+            "step",
+            "seeds",
+            "value",
+            "ci_low",
+            "ci_high",
+            "own_init",
+            "fresh_init",
+            "fresh_low",
+            "fresh_high",
+        ]
+        frame[numbers] = frame[numbers].apply(pd.to_numeric)
         records: list[Mapping[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
         return [
             Probed(**{**row, "layer": None if pd.isna(row["layer"]) else int(row["layer"])})

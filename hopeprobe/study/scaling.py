@@ -42,7 +42,7 @@ class Growth:
 
 
 def by_size(grids: Sequence[Grid]) -> list[Grid]:
-    """Grids by the size of `full`. BadInputError where two are of one size or one has no `full`."""
+    """Grids by the size of `full`. BadInputError where two are of one preset or size, or one has no `full`."""
     for grid in grids:
         if REFERENCE not in grid.names:
             raise BadInputError(
@@ -51,16 +51,14 @@ def by_size(grids: Sequence[Grid]) -> list[Grid]:
             )
     ordered = sorted(grids, key=size)
     for one, other in itertools.pairwise(ordered):
-        if size(one) == size(other):
-            raise BadInputError(
-                f"two grids are of one size ({one.preset!r}, {size(one):,} parameters of full)"
-            )
+        if size(one) == size(other) or one.preset == other.preset:
+            raise BadInputError(f"two grids are of one size: {one.preset!r} and {other.preset!r}")
     return ordered
 
 
 def size(grid: Grid) -> int:
     """Parameters of `full`."""
-    return next(iter(grid.of(REFERENCE).values())).parameters
+    return max(cell.parameters for cell in grid.of(REFERENCE).values())
 
 
 def scaling(grids: Sequence[Grid]) -> list[Growth]:
@@ -100,3 +98,21 @@ def _claim(growth: Growth, q: float) -> str:
         nothing = max(-change.ci_low, change.ci_high) <= NOISE < abs(claimed)
         return FAILS if nothing else OPEN
     return HOLDS if math.copysign(1.0, claimed) == math.copysign(1.0, change.difference) else FAILS
+
+
+def other_differences(grids: Sequence[Grid]) -> list[str]:
+    """What differs between grids beside their size: a change of Δ between them may be of that."""
+    found = []
+    for name, values in (
+        ("context", [grid.model["context"] for grid in grids]),
+        ("steps", [grid.train["steps"] for grid in grids]),
+        ("batch", [grid.train["batch"] for grid in grids]),
+        ("learning rate", [grid.train["learning_rate"] for grid in grids]),
+        ("data", [grid.data["name"] for grid in grids]),
+        ("held-out tokens", [grid.evaluation["tokens"] for grid in grids]),
+        ("decay target", [grid.model.get("decay_target") for grid in grids]),
+        ("truncation in ticks", [grid.model.get("truncate_ticks") for grid in grids]),
+    ):
+        if len(set(values)) > 1:
+            found.append(f"{name} ({', '.join(map(str, values))})")
+    return found

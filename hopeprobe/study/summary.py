@@ -1,13 +1,14 @@
 """One row a variant: losses over seeds, paired differences to `full`, and what becomes of the published claim.
 
-difference  Δ_s = loss of the variant − loss of `full`, same seed s: same data order and, where shapes agree, same
-            initial weights; mean, interval and test over seeds (`stats.seeds`), q over the rows of the table
-finding     `worse` or `better` where q ≤ 0.05; `same` where no seed's run is a computation of its own; else
+difference  Δ_s = loss of the variant − loss of `full`, same seed s: same order of data and, where shapes agree, same
+            initial weights; mean, interval and test over seeds (`stats.seeds`), q over the variants, or over the
+            thresholds, that are computations of their own
+finding     `worse` or `better` where q ≤ 0.05; `same` where every seed's run is the computation of `full`; else
             `not resolved`
 claim       about a published difference δ, read as a direction:
             holds           the finding has δ's sign
-            does not hold   the finding has the other sign, or the computation is the same, or the interval holds 0
-                            and not δ
+            does not hold   the finding has the other sign, or the computation is the same, or the interval lies
+                            within the study's own noise of 0 and δ does not
             not resolved    anything else; and everything about a |δ| under the resolution, unless the interval lies
                             beyond the resolution on the other side
 """
@@ -58,11 +59,39 @@ def summarise(grid: Grid) -> list[Row]:
     found = [(name, grid.of(name)) for name in grid.names]
     deltas = [None if name == REFERENCE else _paired(cells, reference, "live") for name, cells in found]
     frozen = [None if name == REFERENCE else _paired(cells, reference, "frozen") for name, cells in found]
-    q = benjamini_hochberg([math.nan if delta is None else delta.p for delta in deltas])
+    q = _adjusted([name for name, _ in found], [cells for _, cells in found], deltas)
     return [
         _row(grid, name, cells, delta, delta_frozen, float(each))
         for (name, cells), delta, delta_frozen, each in zip(found, deltas, frozen, q, strict=True)
     ]
+
+
+def _adjusted(
+    names: Sequence[str], cells: Sequence[dict[int, Cell]], deltas: Sequence[OverSeeds | None]
+) -> list[float]:
+    """The q of each row, over variants and over thresholds by themselves; rows that test nothing are in neither."""
+    q = [math.nan] * len(names)
+    for of_thresholds in (False, True):
+        family = [
+            i
+            for i, (name, delta) in enumerate(zip(names, deltas, strict=True))
+            if is_threshold(name) == of_thresholds and delta is not None and not _all_same(cells[i])
+        ]
+        p = [delta.p for i in family if (delta := deltas[i]) is not None]
+        for i, each in zip(family, benjamini_hochberg(p), strict=True):
+            q[i] = float(each)
+    return q
+
+
+def is_threshold(name: str) -> bool:
+    """Is a row `full` at another threshold, `full-tau-3`."""
+    return "-tau-" in name
+
+
+def _all_same(cells: dict[int, Cell]) -> bool:
+    """Is every seed's run a computation of `full`'s."""
+    done = [cell for cell in cells.values() if cell.done]
+    return bool(done) and all(cell.same_as == REFERENCE for cell in done)
 
 
 def _row(
@@ -81,10 +110,10 @@ def _row(
     same_as = ""
     if twins:
         same_as = twins[0] + ("" if len(twins) == len(done) else f" ({len(twins)} of {len(done)} seeds)")
-    finding = _finding(delta, q, len(twins) == len(done) > 0 and set(twins) == {REFERENCE})
+    finding = _finding(delta, q, _all_same(cells))
     return Row(
         name,
-        any_cell.parameters,
+        max(cell.parameters for cell in cells.values()),
         len(done),
         len(cells) - len(done),
         over_seeds([cell.live for cell in done]),
@@ -98,7 +127,7 @@ def _row(
         "" if claimed is None or delta is None else answer(claimed, delta, finding),
         same_as,
         _mean([cell.gate_rate for cell in done]),
-        min((cell.surprise_min for cell in done), default=math.nan),
+        min((c.surprise_min for c in done if not math.isnan(c.surprise_min)), default=math.nan),
     )
 
 

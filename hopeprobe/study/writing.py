@@ -12,10 +12,10 @@ from hopeprobe.files import write_atomically
 from hopeprobe.stats import Contrast, OverSeeds
 
 from .claims import Claim
-from .grid import REFERENCE, Grid, differences_to_study
+from .grid import REFERENCE, Cell, Grid, differences_to_study
 from .published import NOISE, column
-from .scaling import Growth
-from .summary import Row, summarise
+from .scaling import Growth, other_differences
+from .summary import SAME, Row, is_threshold, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,9 @@ def _rounded(value: Any) -> Any:
 def table_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Cells of the table of variants, as text."""
     return [
-        (row.name, f"{row.parameters / 1e6:.2f}M", *_common(row)) for row in rows if "-tau-" not in row.name
+        (row.name, f"{row.parameters / 1e6:.2f}M", *_common(row))
+        for row in rows
+        if not is_threshold(row.name)
     ]
 
 
@@ -101,7 +103,7 @@ def sweep_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return [
         (row.name, _percent(row.gate_rate), _number(row.surprise_min, 3), *_common(row))
         for row in rows
-        if "-tau-" in row.name or row.name in (REFERENCE, "no-surprise")
+        if is_threshold(row.name) or row.name in (REFERENCE, "no-surprise")
     ]
 
 
@@ -128,7 +130,9 @@ def scaling_lines(growths: Sequence[Growth]) -> list[tuple[str, ...]]:
 
 
 def _common(row: Row) -> tuple[str, ...]:
-    finding = f"= {row.same_as}" if row.same_as else row.finding
+    finding = row.finding
+    if row.same_as:
+        finding = f"= {row.same_as}" if row.finding == SAME else f"{row.finding}; = {row.same_as}"
     lost = f" (+{row.diverged} diverged)" if row.diverged else ""
     return (
         f"{row.seeds}{lost}",
@@ -190,9 +194,14 @@ def setting_lines(grid: Grid) -> list[str]:
         )
     lines.append(
         f"Intervals (95 %) are over {len(grid.seeds)} seeds, not over texts: another seed, the same tokens. "
-        "Differences are paired by seed. `resolves` is the smallest difference that so many seeds find in four of "
-        f"five cases; a claim below it is not resolved. The study ran one seed; its own noise is {NOISE} nats."
+        "Differences are paired by seed. `resolves` is the smallest difference that the test of one row (5 %) finds in "
+        "four of five cases; q counts all rows; a claim below `resolves` is not resolved. The study ran one seed; its "
+        f"own noise is {NOISE} nats."
     )
+    if len(grid.hardware) > 1:
+        lines.append(
+            "Its cells ran on several machines, thread counts or versions: see `hardware` in the record."
+        )
     return lines
 
 
@@ -206,15 +215,25 @@ def write_tables(grid: Grid, folder: Path) -> list[Path]:
     """Write `cells.csv`, `table.csv` and `tables.md` of one grid."""
     rows = summarise(grid)
     parts = [" ".join(setting_lines(grid)) + "\n", markdown(TABLE_HEADER, table_lines(rows))]
-    if any("-tau-" in row.name for row in rows):
+    if any(is_threshold(row.name) for row in rows):
         parts.append(markdown(SWEEP_HEADER, sweep_lines(rows)))
-    twins = {cell.name: cell for cell in grid.cells if cell.same_as is not None}
-    parts += [
-        f"{c.name} is the computation of {c.same_as} and was not run: {c.why}.\n" for c in twins.values()
-    ]
+    twins: dict[tuple[str, str], list[Cell]] = {}
+    for cell in grid.cells:
+        if cell.same_as is not None:
+            twins.setdefault((cell.name, cell.same_as), []).append(cell)
+    for (name, other), cells in twins.items():
+        seeds = ", ".join(str(cell.seed) for cell in cells)
+        parts.append(
+            f"{name} is the computation of {other} and was not run, seeds {seeds}: {cells[0].why}.\n"
+        )
+    parts += [f"{c.name}, seed {c.seed}, diverged: {c.why}.\n" for c in grid.cells if not c.done]
     return [
-        write_atomically(folder / "cells.csv", cells_frame(grid).to_csv(index=False).encode()),
-        write_atomically(folder / "table.csv", table_frame(rows).to_csv(index=False).encode()),
+        write_atomically(
+            folder / "cells.csv", cells_frame(grid).to_csv(index=False, lineterminator="\n").encode()
+        ),
+        write_atomically(
+            folder / "table.csv", table_frame(rows).to_csv(index=False, lineterminator="\n").encode()
+        ),
         write_atomically(folder / "tables.md", "\n".join(parts).encode()),
     ]
 
@@ -237,8 +256,13 @@ def write_scaling(grids: Sequence[Grid], growths: Sequence[Growth], folder: Path
         "Δ is the loss of the variant less that of `full`, live, paired by seed. The change between two sizes has "
         "Welch's interval; the ratio is given where both differences are findings of one sign, and has none.\n"
     )
+    others = other_differences(grids)
+    if others:
+        note += f"The grids differ in more than size, and a change may be of that: {'; '.join(others)}.\n"
     text = f"{sizes}\n\n{note}\n{markdown(SCALING_HEADER, scaling_lines(growths))}"
     return [
-        write_atomically(folder / "scaling.csv", scaling_frame(growths).to_csv(index=False).encode()),
+        write_atomically(
+            folder / "scaling.csv", scaling_frame(growths).to_csv(index=False, lineterminator="\n").encode()
+        ),
         write_atomically(folder / "scaling.md", text.encode()),
     ]

@@ -21,7 +21,7 @@ def small_and_here():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(PRESETS, "nano", small)
         patch.setattr(
-            grid._Grid, "_run", lambda self, spec: self._done(spec, run_cell(spec, self.data)) or []
+            grid._Grid, "_run", lambda self, spec: self._done(spec, run_cell(spec, self.data)) is None
         )
         yield
 
@@ -149,9 +149,11 @@ def test_probes_over_the_checkpoints_of_a_grid(call, made, text, tmp_path):
         (("ablate", "--preset", "tinny"), "'tinny', must be one of"),
         (("ablate", "--probes", "cms-simlarity"), "cms-similarity"),
         (("ablate", "--probes", "surprise", "--probe-steps", "ten"), "--probe-steps is 'ten'"),
-        (("sweep", "--threshold", "-1"), "the threshold -1 is negative"),
+        (("sweep", "--threshold", "-1"), "the threshold is -1; surprise is a loss"),
+        (("sweep", "--threshold", "inf"), "the threshold is inf"),
+        (("ablate", "--learning-rate", "inf"), "learning_rate is inf, must be above zero and finite"),
         (("ablate", "--data", "nowhere.jsonl"), "there is no file 'nowhere.jsonl'"),
-        (("ablate", "--learning-rate", "-1"), "learning_rate is -1.0, must be above zero"),
+        (("ablate", "--learning-rate", "-1"), "learning_rate is -1.0, must be above zero and finite"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(call, tmp_path, arguments, said):
@@ -176,4 +178,31 @@ def test_a_run_that_diverges_is_named_and_ends_with_4(call, text, tmp_path):
     )  # fmt: skip
     assert done.code == 4
     assert "diverged: full, seed 0: training stopped at step" in done.err
+    assert str(tmp_path) not in (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert "0 (+1 diverged)" in done.out
+
+
+def test_more_tokens_than_there_are_is_told_before_training(call, text, tmp_path):
+    for more in (("--tokens", 10**9), ("--probes", "surprise", "--probe-tokens", 10**9)):
+        done = again(call, "ablate", tmp_path / "out", text, "--variants", "full", *more)
+        assert done.code == 2
+        assert "tokens to predict, fewer than the 1000000000 asked for" in done.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_another_grid_s_folder_is_refused_and_left_as_it_is(call, made, text):
+    before = {path: path.read_bytes() for path in made.rglob("*.*") if path.is_file()}
+    done = again(call, "ablate", made, text, "--variants", "titans", "--learning-rate", 1e-4)
+    assert done.code == 2
+    assert "is of a grid set otherwise (train differ): choose another --out" in done.err
+    assert {path: path.read_bytes() for path in made.rglob("*.*") if path.is_file()} == before
+
+
+def test_no_path_of_the_machine_is_in_what_may_be_published(made):
+    for path in made.iterdir():
+        if path.suffix in (".json", ".csv", ".md"):
+            assert str(made) not in path.read_text(encoding="utf-8")
+
+
+def test_a_record_is_as_good_as_its_folder(call, made):
+    assert call("compare", made / "ablation.json").code == 0

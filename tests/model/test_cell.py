@@ -136,6 +136,8 @@ def test_a_run_that_diverges_has_a_record_too(tmp_path):
     assert record["status"] == "diverged"
     assert "training stopped at step" in record["why"]
     assert "live" not in record
+    assert str(tmp_path) not in json.dumps(record)  # a record may be published
+    assert record["parameters"] == sum(p.numel() for p in HopeModel(MODEL, 0).parameters())
     assert read_record(wild, DATA) == record
 
 
@@ -193,3 +195,15 @@ def test_thresholds_below_every_surprise_are_one_and_others_are_not(full, tmp_pa
 def test_variants_of_one_computation_begin_with_the_same_weights():
     full, none = (HopeModel(dataclasses.replace(MODEL, variant=v), 3) for v in ("full", "no-surprise"))
     assert all(torch.equal(a, b) for a, b in zip(full.parameters(), none.parameters(), strict=True))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_a_divergence(tmp_path, monkeypatch):
+    from hopeprobe.model import cell
+    from hopeprobe.model.measure import HeldOut
+
+    monkeypatch.setattr(cell, "held_out", lambda *args, **more: HeldOut(math.nan, math.nan, 1.0))
+    record = run_cell(spec(tmp_path), DATA)
+    assert (record["status"], record["why"]) == (
+        "diverged", "after the last step the held-out loss is nan live, nan frozen",
+    )  # fmt: skip
+    assert read_record(spec(tmp_path), DATA) == record

@@ -16,7 +16,7 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.model import grid as grid_module
 from hopeprobe.model.cell import RECORD, CellSpec, run_cell
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_for
+from hopeprobe.model.grid import Setting, cells, known_cells, locked, run_grid, workers_for
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.tokens import load_tokens
 
@@ -69,7 +69,7 @@ def here(monkeypatch):
     def run(self, spec):
         ran.append((spec.name, spec.seed))
         self._done(spec, run_cell(spec, self.data))
-        return []
+        return True
 
     monkeypatch.setattr(grid_module._Grid, "_run", run)
     return ran
@@ -91,7 +91,7 @@ def test_cells_of_a_setting(tmp_path):
 
 def test_what_is_one_computation_runs_once_and_nothing_is_repeated(here, text, tmp_path):
     asked = specs(tmp_path, text, ("full", "no-surprise", "transformer"), (0, 1), (0.05, 10.83))
-    ran = run_grid(asked, tmp_path, text[1], 1)
+    ran = run_grid(asked, text[1], 1)
     assert ran.failures == []
     assert sorted(here) == sorted(
         (name, seed) for seed in (0, 1) for name in ("full", "transformer", "full-tau-10.83")
@@ -107,12 +107,12 @@ def test_what_is_one_computation_runs_once_and_nothing_is_repeated(here, text, t
     assert by_name["full-tau-10.83", 0]["gate_rate"] < 1
 
     here.clear()
-    assert run_grid(asked, tmp_path, text[1], 1).records == ran.records
+    assert run_grid(asked, text[1], 1).records == ran.records
     assert here == []
-    more = run_grid([*asked, *specs(tmp_path, text, ("titans",))], tmp_path, text[1], 1)
+    more = run_grid([*asked, *specs(tmp_path, text, ("titans",))], text[1], 1)
     assert here == [("titans", 0)]
     assert len(more.records) == 11
-    known = known_cells(tmp_path, ran.records[0])
+    known = known_cells(tmp_path, ran.records[0]["shared"])
     assert [(r["seed"], r["name"]) for r in known][:6] == [
         (0, "full"), (0, "full-tau-0.05"), (0, "full-tau-10.83"), (0, "no-surprise"), (0, "transformer"), (0, "titans"),
     ]  # fmt: skip
@@ -120,19 +120,17 @@ def test_what_is_one_computation_runs_once_and_nothing_is_repeated(here, text, t
 
 
 def test_a_longer_grid_forgets_twins_of_the_shorter(here, text, tmp_path):
-    run_grid(specs(tmp_path, text, ("full", "no-surprise"), steps=2), tmp_path, text[1], 1)
-    ran = run_grid(specs(tmp_path, text, ("full", "no-surprise")), tmp_path, text[1], 1)
+    run_grid(specs(tmp_path, text, ("full", "no-surprise"), steps=2), text[1], 1)
+    ran = run_grid(specs(tmp_path, text, ("full", "no-surprise")), text[1], 1)
     assert here == [("full", 0), ("full", 0)]
     assert [r["steps"] for r in ran.records] == [4, 4]
-    assert [r["steps"] for r in known_cells(tmp_path, ran.records[0])] == [4, 4]
+    assert [r["steps"] for r in known_cells(tmp_path, ran.records[0]["shared"])] == [4, 4]
 
 
 def test_workers_are_processes_and_their_numbers_those_of_one(text, tmp_path):
     asked = specs(tmp_path / "several", text, ("full", "transformer", "no-surprise"))
     said = []
-    ran = run_grid(
-        asked, tmp_path / "several", text[1], 2, lambda what, done, total: said.append((done, total))
-    )
+    ran = run_grid(asked, text[1], 2, lambda what, done, total: said.append((done, total)))
     assert ran.failures == []
     assert said[-1] == (12, 12)
     assert [done for done, _ in said] == sorted(done for done, _ in said)
@@ -147,7 +145,7 @@ def test_workers_are_processes_and_their_numbers_those_of_one(text, tmp_path):
 def test_a_cell_that_fails_stops_no_other(text, tmp_path):
     asked = specs(tmp_path, text, ("full", "transformer"))
     asked[0] = dataclasses.replace(asked[0], tokens=10**9)
-    ran = run_grid(asked, tmp_path, text[1], 2)
+    ran = run_grid(asked, text[1], 2)
     assert [r["name"] for r in ran.records] == ["transformer"]
     (failure,) = ran.failures
     assert failure.startswith("full, seed 0: the split 'heldout'")
@@ -158,11 +156,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_grid import specs
-from hopeprobe.model.grid import run_grid
+from hopeprobe.model.grid import locked, run_grid
 from hopeprobe.tokens import load_tokens
 text = Path({text!r})
 folder = Path({folder!r})
-run_grid(specs(folder, (text,), ("full", "transformer"), steps=400), folder, load_tokens(str(text)), 2)
+with locked(folder):
+    run_grid(specs(folder, (text,), ("full", "transformer"), steps=400), load_tokens(str(text)), 2)
 """
 
 
@@ -200,8 +199,8 @@ def test_killed_at_any_point_workers_end_and_the_rest_is_done_later(how, text, t
         wait_until(lambda: list(tmp_path.glob("*/*/step-000004.pt")) or process.poll() is not None)
         assert process.poll() is None, process.stderr.read()
         assert len(running(tmp_path)) >= 2
-        with pytest.raises(BadInputError, match=f"in use by process {process.pid}"):
-            run_grid(specs(tmp_path, text), tmp_path, text[1], 1)
+        with pytest.raises(BadInputError, match=f"in use by process {process.pid}"), locked(tmp_path):
+            pass
         process.send_signal(how)
         process.wait(30)
     finally:
@@ -217,7 +216,7 @@ def test_killed_at_any_point_workers_end_and_the_rest_is_done_later(how, text, t
             len((folder / "metrics.jsonl").read_text().splitlines()) - resumable[-1] <= TRAIN.checkpoint_every
         )
     asked = specs(tmp_path, text, ("full", "transformer"), steps=max(reached.values()) // 2 * 2 + 2)
-    ran = run_grid(asked, tmp_path, text[1], 2)
+    ran = run_grid(asked, text[1], 2)
     assert ran.failures == []
     for spec, record in zip(asked, ran.records, strict=True):
         whole = run_cell(dataclasses.replace(spec, folder=tmp_path / "whole" / spec.name), text[1])
@@ -227,8 +226,8 @@ def test_killed_at_any_point_workers_end_and_the_rest_is_done_later(how, text, t
 
 def test_a_folder_that_cannot_be_written_is_named(text, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInputError, match=r"cannot write in .*file"):
-        run_grid(specs(tmp_path, text), tmp_path / "file" / "grid", text[1], 1)
+    with pytest.raises(BadInputError, match=r"cannot write in .*file"), locked(tmp_path / "file" / "grid"):
+        pass
 
 
 def test_workers_are_as_many_as_cores_and_memory_allow(text, tmp_path, monkeypatch):
@@ -239,3 +238,48 @@ def test_workers_are_as_many_as_cores_and_memory_allow(text, tmp_path, monkeypat
     assert workers_for(tiny) == 6
     assert workers_for(scaled) == 1
     assert workers_for(scaled[:1]) == 6
+
+
+def test_what_may_still_be_one_computation_is_tried_before_it_runs(here, text, tmp_path):
+    """`full` closes its gate for some token; two thresholds below every surprise are one computation all the same."""
+    asked = specs(tmp_path, text, ("full", "no-surprise"), thresholds=(0.05, 20.0))
+    asked[0] = dataclasses.replace(
+        asked[0], model=dataclasses.replace(asked[0].model, surprise_threshold=10.83)
+    )
+    ran = run_grid(asked, text[1], 1)
+    same = {record["name"]: record["same_as"] for record in ran.records}
+    assert same == {"full": None, "no-surprise": None, "full-tau-0.05": "no-surprise", "full-tau-20": None}
+
+
+def test_full_is_never_taken_for_another_s_computation(here, text, tmp_path):
+    asked = specs(tmp_path, text, ("no-surprise",))
+    run_grid(asked, text[1], 1)
+    ran = run_grid(specs(tmp_path, text, ("full", "no-surprise")), text[1], 1)
+    assert {record["name"]: record["same_as"] for record in ran.records} == {
+        "full": None,
+        "no-surprise": None,
+    }
+
+
+def test_cells_of_another_setting_are_refused(here, text, tmp_path):
+    ran = run_grid(specs(tmp_path, text), text[1], 1)
+    shared = ran.records[0]["shared"]
+    longer = shared | {"train": shared["train"] | {"steps": 100}, "tokens": 5}
+    assert known_cells(tmp_path, longer) == []
+    with pytest.raises(BadInputError, match=r"cell\.json is of a grid set otherwise \(train differ\)"):
+        known_cells(tmp_path, shared | {"train": shared["train"] | {"learning_rate": 1.0}})
+    (tmp_path / "full" / "seed-0" / RECORD).write_text('{"seed": 0}')
+    with pytest.raises(BadInputError, match=r"cell\.json is not the record of a cell"):
+        known_cells(tmp_path, shared)
+
+
+def test_thresholds_that_would_share_a_folder_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match="seventh digit"):
+        cells(Setting("tiny", TRAIN, ("builtin",), 64), tmp_path, ["full"], [0], [10.0, 10.0000001])
+
+
+def test_workers_take_nothing_from_the_folder_they_run_in(text, tmp_path, monkeypatch):
+    (tmp_path / "random.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path)
+    ran = run_grid(specs(tmp_path / "grid", text), text[1], 1)
+    assert ran.failures == []

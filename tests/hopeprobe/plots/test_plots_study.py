@@ -86,6 +86,18 @@ def test_curves_are_means_over_seeds_and_late_ones_paired():
     assert abs(late["no-cms"].get_ydata()[0] - 0.301) < 1e-9
 
 
+def test_a_run_that_diverged_is_in_no_curve():
+    whole = made()
+    broken = dataclasses.replace(
+        whole.of("no-cms")[1], status="diverged", curve={"step": [100], "loss": [9.0]}
+    )
+    rest = [c for c in whole.cells if (c.name, c.seed) != ("no-cms", 1)]
+    left, right = draw_curves(dataclasses.replace(whole, cells=(*rest, broken))).axes
+    line = next(line for line in left.lines if line.get_label() == "no-cms")
+    np.testing.assert_allclose(line.get_ydata(), np.array([7.3, 7.502]).mean() + np.array([1, 0.5, 0]))
+    assert any(line.get_label() == "no-cms" for line in right.lines)
+
+
 def row(probe, statistic, value, *, step=100, layer=None, component="", position="", own=0.1, fresh=0.2):
     return Probed(
         "full", probe, statistic, step, layer, component, "live", position, "1", 3, value, value - 0.01, value + 0.01,

@@ -16,8 +16,10 @@ def cell(name, seed, live, **more):
         "curve": {"step": [100, 150, 200], "loss": [live + 1, live + 0.5, live], "held_out_step": [200],
                   "live": [live], "frozen": [live + 0.02]},
     }  # fmt: skip
+    if live != live:
+        given["curve"] = {}
     return Cell(name=name, seed=seed, live=live, **(given | more))
 
 
 def grid(cells, model=MODEL, train=TRAIN, preset="tiny", data=DATA, evaluation=EVALUATION):
-    return Grid(preset, model, train, data, evaluation, {"cores": 2}, tuple(cells))
+    return Grid(preset, model, train, data, evaluation, ({"cores": 2},), tuple(cells))

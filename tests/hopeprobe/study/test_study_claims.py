@@ -22,7 +22,7 @@ def by_claim(found):
 
 
 def test_claims_about_losses_are_those_of_the_tables(made):
-    found = by_claim(claims([made], []))
+    found = by_claim(claims([made], [], made))
     answers = {text.partition(" (")[0]: claim.answer for text, claim in found.items()}
     assert answers == {
         "removing CMS improves the loss": "does not hold",
@@ -36,7 +36,7 @@ def test_claims_about_losses_are_those_of_the_tables(made):
 
 def test_two_sizes_answer_the_claims_about_growth(made):
     large = grid([dataclasses.replace(c, parameters=2000) for c in made.cells], preset="big")
-    found = [claim for claim in claims([made, large], []) if claim.where.startswith("4.5")]
+    found = [claim for claim in claims([made, large], [], large) if claim.where.startswith("4.5")]
     assert {claim.claim.partition(" (")[0]: claim.answer for claim in found} == {
         "removing CMS helps more in the larger model": "does not hold",
         "self-modification matters 4.5 times as much in the larger model": "does not hold",
@@ -53,7 +53,8 @@ def test_thresholds_that_let_all_pass(made, rate, answer):
     closed = [
         cell("full-tau-3", s, 7.0, variant="full", threshold=3.0, gate_rate=0.8) for s in range(4)
     ]  # not the study's
-    found = [claim for claim in claims([grid([*made.cells, *more, *closed])], []) if "Table 2" in claim.where]
+    whole = grid([*made.cells, *more, *closed])
+    found = [claim for claim in claims([whole], [], whole) if "Table 2" in claim.where]
     assert [(claim.claim, claim.answer) for claim in found] == [
         ("every token passes a threshold of 0.1", answer)
     ]
@@ -64,13 +65,14 @@ def test_thresholds_that_let_all_pass(made, rate, answer):
     [
         (0.77, 0.01, "holds"),
         (0.6, 0.01, "does not hold"),
-        (0.7, 0.05, "holds"),
+        (0.7, 0.05, "not resolved"),
+        (0.3, 1.5, "not resolved"),
         (0.6, math.nan, "not resolved"),
     ],
 )
 def test_a_quantity_holds_where_its_interval_reaches_the_figure(made, value, half, answer):
     rows = [row("output_cosine", value, half, component="fast|slow", layer=i) for i in (0, 1)]
-    (found,) = (c for c in claims([made], rows) if "cosine" in c.claim)
+    (found,) = (c for c in claims([made], rows, made) if "cosine" in c.claim)
     assert (found.answer, found.initial) == (answer, "0.5")
 
 
@@ -79,7 +81,7 @@ def test_norms_are_compared_with_each_other(made):
         rows = [
             row("weight_norm", v, half, component=c, layer=0) for c, v in (("fast", fast), ("slow", slow))
         ]
-        (found,) = (c for c in claims([made], rows) if "norms" in c.claim)
+        (found,) = (c for c in claims([made], rows, made) if "norms" in c.claim)
         return found.answer
 
     assert answer(13.0, 13.0, 0.001) == "holds"
@@ -97,11 +99,22 @@ def test_only_the_last_step_and_the_end_of_the_context_speak(made):
         row("pass_rate", 0.24, component="tau=10"),
         dataclasses.replace(row("pass_rate", 1.0, component="tau=20"), name="titans"),
     ]
-    found = by_claim(claims([made], rows))
+    found = by_claim(claims([made], rows, made))
     drift = found[
         "fast weights differ from meta weights by about their norm, 1.0 (M_memory after 128 tokens)"
     ]
-    assert (drift.measured, drift.answer) == ("0.3 [0.29, 0.31]", "does not hold")
+    assert (drift.measured, drift.answer) == ("tiny: 0.3 [0.29, 0.31]", "does not hold")
     assert found["mean per-token loss is 66.7 nats"].answer == "does not hold"
     assert found["99.97 % of tokens pass a threshold of 10"].answer == "does not hold"
     assert not any("20" in claim for claim in found)
+
+
+def test_probes_of_an_earlier_step_say_nothing_of_a_longer_run(made):
+    assert len(claims([made], [row("mean_loss", 7.2, probe="surprise")], made)) == 4
+    assert len(claims([made], [row("mean_loss", 7.2, probe="surprise", step=100)], made)) == 3
+
+
+def test_one_seed_has_no_interval_and_says_so(made):
+    one = grid([c for c in made.cells if c.seed == 0])
+    assert all(claim.measured.endswith(", no interval") for claim in claims([one], [], one))
+    assert not any("nan" in claim.measured for claim in claims([one], [], one))

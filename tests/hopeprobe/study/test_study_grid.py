@@ -86,3 +86,35 @@ def test_only_its_own_sizes_steps_and_data_are_the_published_setting(made):
     ]
     assert differences(evaluation={"epochs": 4.9}) == ["4.9 epochs (less than one)"]
     assert json.dumps(made.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["cells"].clear(), "there is no cell in it"),
+        (lambda r: r["cells"].append(r["cells"][0]), "full, seed 0 is there twice"),
+        (lambda r: r["cells"][0].update(live=None), "full, seed 0 is done and has no loss"),
+        (lambda r: r["cells"][0].update(frozen="7"), "full, seed 0 is done and has no loss"),
+        (lambda r: r["cells"][0].update(live=math.nan), "full, seed 0 is done and has no loss"),
+        (lambda r: r["cells"][0].update(seed="0"), "not the name, numbers and status of a cell"),
+        (lambda r: r["cells"][0].update(status="finished"), "not the name, numbers and status of a cell"),
+        (lambda r: r["cells"][0].update(parameters=None), "not the name, numbers and status of a cell"),
+        (lambda r: r["cells"][0].update(curve=None), "full, seed 0 has no curve of numbers"),
+        (lambda r: r["cells"][0]["curve"].update(loss=[None]), "full, seed 0 has no curve of numbers"),
+        (lambda r: r["cells"][0]["curve"].update(loss=[1.0]), "full, seed 0 has a curve of unequal lengths"),
+        (lambda r: r.update(model=None), "model has None for 'dim'"),
+        (lambda r: r["train"].pop("steps"), "train has None for 'steps'"),
+        (lambda r: r["evaluation"].pop("epochs"), "evaluation has None for 'epochs'"),
+        (lambda r: r["data"].update(name=3), "data has 3 for 'name'"),
+        (lambda r: r.update(preset=None), "preset is None"),
+        (lambda r: r["cells"][0].update(first_batch=""), "began with other tokens"),
+    ],
+)
+def test_a_record_that_was_edited_is_refused_where_it_is_wrong(made, change, said, tmp_path):
+    record = json.loads(json.dumps(made.to_dict()))
+    change(record)
+    (tmp_path / "ablation.json").write_text(json.dumps(record))
+    with pytest.raises(BadInputError) as error:
+        read_grid(tmp_path)
+    assert said in str(error.value)
+    assert "ablation.json" in str(error.value)

@@ -10,6 +10,7 @@ from study_toys import cell, grid
 
 from hopeprobe.errors import BadInputError
 from hopeprobe.study import scaling
+from hopeprobe.study.scaling import other_differences
 
 SHIFTS = (0.001, -0.002, 0.003, 0.0)
 
@@ -67,7 +68,23 @@ def test_three_sizes_are_compared_by_neighbours_and_one_with_nothing():
 
 def test_what_cannot_be_compared_is_said():
     small = of_size("nano", 100, no_cms=0.1)
-    with pytest.raises(BadInputError, match="two grids are of one size"):
+    with pytest.raises(BadInputError, match="two grids are of one size: 'nano' and 'nano'"):
         scaling([small, small])
+    with pytest.raises(BadInputError, match="two grids are of one size"):  # the same preset, set otherwise
+        scaling([small, of_size("nano", 101, no_cms=0.1)])
     with pytest.raises(BadInputError, match="has no 'full'"):
         scaling([small, grid([cell("no-cms", 0, 7.0)], preset="tiny")])
+
+
+def test_a_diverged_first_seed_does_not_change_the_order_of_sizes():
+    small, large = (of_size(name, n, no_cms=0.1) for name, n in (("nano", 100), ("tiny", 200)))
+    broken = dataclasses.replace(large.cells[0], status="diverged", parameters=0)
+    large = dataclasses.replace(large, cells=(broken, *large.cells[1:]))
+    assert [(g.small, g.large) for g in scaling([large, small])] == [("nano", "tiny")]
+
+
+def test_what_else_differs_is_named():
+    small, large = (of_size(name, n, no_cms=0.1) for name, n in (("nano", 100), ("tiny", 200)))
+    assert other_differences([small, large]) == []
+    longer = dataclasses.replace(large, train={**large.train, "steps": 2000})
+    assert other_differences([small, longer]) == ["steps (200, 2000)"]

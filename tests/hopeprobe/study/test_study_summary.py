@@ -141,3 +141,30 @@ def test_the_study_s_figures():
     assert published_loss("small", "full", 3.0) is published_loss("scaled", "full", 0.05) is None
     seven = [TABLE_1["small"]["full"], TABLE_1["small"]["no-surprise"], *TABLE_2.values()]
     assert round(float(np.std(seven, ddof=1)), 3) == NOISE
+
+
+def test_rows_that_test_nothing_change_no_other_row(made):
+    """Thresholds and variants are families of their own, and what was not run is in neither."""
+    before = rows(made)
+    more = [
+        cell(f"full-tau-{t}", c.seed, c.live + extra, variant="full", threshold=t, same_as=same, why="open")
+        for t, extra, same in ((0.01, 0.0, "full"), (0.05, 0.0, "full"), (3.0, 0.02, None))
+        for c in made.of("full").values()
+    ]
+    twins = [
+        cell("no-surprise", c.seed, c.live, same_as="full", why="open") for c in made.of("full").values()
+    ]
+    after = rows(grid([*made.cells, *more, *twins]))
+    assert {name: after[name].q for name in ("no-cms", "transformer")} == {
+        name: before[name].q for name in ("no-cms", "transformer")
+    }
+    assert after["full-tau-3.0"].q == after["full-tau-3.0"].delta.p
+    assert math.isnan(after["full-tau-0.01"].q)
+
+
+def test_parameters_and_the_lowest_surprise_are_of_cells_that_have_them(made):
+    broken = cell("titans", 0, math.nan, status="diverged", parameters=0, surprise_min=math.nan)
+    unknown = cell("titans", 1, 7.0, surprise_min=math.nan)
+    whole = grid([*made.cells, broken, unknown, cell("titans", 2, 7.0, surprise_min=0.3)])
+    row = rows(whole)["titans"]
+    assert (row.parameters, row.surprise_min) == (1000, 0.3)

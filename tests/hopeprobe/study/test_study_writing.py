@@ -65,7 +65,10 @@ def test_thresholds_have_a_table_of_their_own(made, tmp_path):
     assert lines["full-tau-0.05"]["study's Δ"] == "+0.006"
     write_tables(grid([*made.cells, *closed, *same]), tmp_path)
     text = (tmp_path / "tables.md").read_text()
-    assert "full-tau-0.05 is the computation of full and was not run: every gate was open." in text
+    assert (
+        "full-tau-0.05 is the computation of full and was not run, seeds 0, 1, 2, 3: every gate was open."
+        in text
+    )
 
 
 def test_files_hold_every_cell_and_row(made, tmp_path):
@@ -99,3 +102,20 @@ def test_sizes(made, tmp_path):
     ratio = pd.read_csv(tmp_path / "scaling.csv").set_index("name").loc["no-cms", "ratio"]
     assert abs(ratio - 0.4005 / 0.3005) < 1e-4
     assert "| no-cms | tiny → big |" in (tmp_path / "scaling.md").read_text()
+
+
+def test_a_row_of_which_some_seeds_are_twins_keeps_its_finding(made):
+    twin = cell("no-surprise", 0, 7.0, same_as="full", why="open")
+    others = [cell("no-surprise", s, made.of("full")[s].live + 0.2 + 0.001 * s) for s in (1, 2, 3)]
+    lines = {line[0]: line for line in table_lines(summarise(grid([*made.cells, twin, *others])))}
+    assert lines["no-surprise"][8] == "not resolved; = full (1 of 4 seeds)"
+
+
+def test_cells_of_several_machines_are_said(made):
+    import dataclasses
+
+    assert not any("several machines" in line for line in setting_lines(made))
+    mixed = dataclasses.replace(made, hardware=({"cores": 2}, {"cores": 8}))
+    assert any("several machines" in line for line in setting_lines(mixed))
+    cut = dataclasses.replace(made, model={**made.model, "truncate_ticks": 8})
+    assert any("cut every 8 ticks" in line for line in setting_lines(cut))
