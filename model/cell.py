@@ -89,7 +89,13 @@ class CellSpec:
         if self.variant == "transformer-matched":
             for name in ("dim", "layers", "heads"):  # its own
                 model[name] = getattr(PRESETS[self.preset], name)
-        content = {"preset": self.preset, "model": model, "train": trained, "data": text, "tokens": self.tokens}
+        content = {
+            "preset": self.preset,
+            "model": model,
+            "train": trained,
+            "data": text,
+            "tokens": self.tokens,
+        }
         plain: dict[str, Any] = json.loads(json.dumps(content))  # as it will be read from a record
         return plain
 
