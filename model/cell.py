@@ -180,7 +180,8 @@ def run_cell(spec: CellSpec, data: TokenData, told: Told | None = None) -> dict[
         )
         record |= _measured(spec, run, windows)
     except DivergedError as error:
-        record |= {"status": "diverged", "why": str(error)}
+        why = str(error).replace(f"{spec.folder}{os.sep}", "")  # a record may be published
+        record |= {"status": "diverged", "why": why}
     record |= _of_run(spec, data)
     return write_record(spec.folder, record)
 

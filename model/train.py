@@ -245,7 +245,7 @@ def _update(run: Run, tokens: Tensor, watch: Watch) -> dict[str, float]:
 
 def _diverged(run: Run, step: int, what: str) -> DivergedError:
     good = run_checkpoints(run.folder)
-    kept = f"the last good checkpoint is {good[-1].name}" if good else "there is no checkpoint yet"
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
     return DivergedError(f"training stopped at step {step}: {what}. {kept}")
 
 
