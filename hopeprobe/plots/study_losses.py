@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hopeprobe.stats import over_seeds
-from hopeprobe.study.grid import REFERENCE, Grid
+from hopeprobe.study.grid import REFERENCE, Grid, layers_of
 from hopeprobe.study.published import NOISE
 from hopeprobe.study.scaling import by_size
-from hopeprobe.study.summary import BETTER, WORSE, Row, summarise
+from hopeprobe.study.summary import BETTER, WORSE, Row, is_threshold, summarise
 
 if TYPE_CHECKING:
     from .canvas import Canvas
@@ -30,7 +30,14 @@ def draw_importance(grids: Sequence[Grid]) -> Canvas:
     from .canvas import PALETTE, blank
 
     ordered = by_size(grids)
-    tables = [[row for row in summarise(grid) if row.delta is not None and row.delta.n] for grid in ordered]
+    tables = [
+        [
+            row
+            for row in summarise(grid)
+            if row.delta is not None and row.delta.n and not is_threshold(row.name)
+        ]
+        for grid in ordered
+    ]
     names = list(dict.fromkeys(row.name for rows in tables for row in rows))
     if not names:
         from hopeprobe.errors import MeasurementError
@@ -41,9 +48,7 @@ def draw_importance(grids: Sequence[Grid]) -> Canvas:
         axes = np.atleast_1d(figure.subplots(1, panels, sharey=True))
         for axis, grid, rows in zip(axes, ordered, tables, strict=False):
             _importance(axis, names, rows, PALETTE)
-            axis.set_title(
-                f"{grid.preset}: width {grid.model['dim']}, {grid.model['layers']} layers", fontsize="medium"
-            )
+            axis.set_title(f"{grid.preset}: width {grid.model['dim']}, {layers_of(grid)}", fontsize="medium")
             axis.set_xlabel("Δ loss to full, live, nats a token")
         if len(ordered) > 1:
             _sizes(axes[-1], names, ordered, tables, PALETTE)

@@ -223,6 +223,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def layers_of(grid: Grid) -> str:
+    """How many layers, in words: 1 layer, 2 layers."""
+    n = grid.model["layers"]
+    return f"{n} layer{'' if n == 1 else 's'}"
+
+
 def differences_to_study(grid: Grid) -> list[str]:
     """In what the setting is not the study's, one phrase each, the study's own in brackets; empty if in nothing."""
     theirs = SETTINGS[column(grid.model["dim"])]

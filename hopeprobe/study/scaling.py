@@ -18,7 +18,7 @@ from hopeprobe.stats.verdict import FALSE_DISCOVERY_RATE
 
 from .grid import REFERENCE, Grid
 from .published import NOISE, published_delta
-from .summary import BETTER, FAILS, HOLDS, OPEN, WORSE, Row, summarise
+from .summary import BETTER, FAILS, HOLDS, OPEN, SAME, WORSE, Row, summarise
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,16 @@ def scaling(grids: Sequence[Grid]) -> list[Growth]:
         rows = {row.name: row for row in summarise(large) if row.delta is not None}
         both = [row for row in summarise(small) if row.delta is not None and row.name in rows]
         found += [_growth(small, large, row, rows[row.name]) for row in both]
-    q = benjamini_hochberg([growth.change.p for growth in found])
+    q = benjamini_hochberg([math.nan if _untested(growth) else growth.change.p for growth in found])
     return [
         dataclasses.replace(g, q=float(each), claim=_claim(g, float(each)))
         for g, each in zip(found, q, strict=True)
     ]
+
+
+def _untested(growth: Growth) -> bool:
+    """At neither size a computation of its own: there is nothing to test, and no other row to weigh on."""
+    return growth.delta_small.finding == growth.delta_large.finding == SAME
 
 
 def _growth(small: Grid, large: Grid, one: Row, other: Row) -> Growth:

@@ -12,7 +12,7 @@ from hopeprobe.files import write_atomically
 from hopeprobe.stats import Contrast, OverSeeds
 
 from .claims import Claim
-from .grid import REFERENCE, Cell, Grid, differences_to_study
+from .grid import REFERENCE, Cell, Grid, differences_to_study, layers_of
 from .published import NOISE, column
 from .scaling import Growth, other_differences
 from .summary import SAME, Row, is_threshold, summarise
@@ -174,7 +174,7 @@ def _percent(value: float) -> str:
 def setting_lines(grid: Grid) -> list[str]:
     """What a reader must know of how the numbers came to be, a sentence each."""
     model, text = grid.model, grid.data
-    size = f"{grid.preset}: width {model['dim']}, {model['layers']} layers, context {model['context']}"
+    size = f"{grid.preset}: width {model['dim']}, {layers_of(grid)}, context {model['context']}"
     trained = (
         f"{grid.train['steps']:,} steps of {grid.train['batch']} windows, AdamW at {grid.train['learning_rate']:g}, "
         f"{grid.evaluation['epochs']:.2g} epochs of {text['name']} ({text['n_documents']:,} documents)"
@@ -251,7 +251,7 @@ def write_claims(found: Sequence[Claim], folder: Path) -> list[Path]:
 
 def write_scaling(grids: Sequence[Grid], growths: Sequence[Growth], folder: Path) -> list[Path]:
     """Write `scaling.csv` and `scaling.md`."""
-    sizes = "; ".join(setting_lines(grid)[0] for grid in grids)
+    sizes = " ".join(setting_lines(grid)[0] for grid in grids)
     note = (
         "Δ is the loss of the variant less that of `full`, live, paired by seed. The change between two sizes has "
         "Welch's interval; the ratio is given where both differences are findings of one sign, and has none.\n"

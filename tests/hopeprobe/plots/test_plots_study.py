@@ -57,6 +57,13 @@ def test_importance_shows_differences_intervals_and_whether_they_are_resolved():
     assert figure.png()[:4] == b"\x89PNG"
 
 
+def test_importance_is_of_variants_and_not_of_thresholds():
+    whole = made()
+    more = [cell("full-tau-3", s, 7.2, variant="full", threshold=3.0) for s in range(3)]
+    (axis,) = draw_importance([dataclasses.replace(whole, cells=(*whole.cells, *more))]).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["no-cms", "no-self-mod"]
+
+
 def test_importance_of_two_sizes_has_a_panel_for_both():
     figure = draw_importance([made("tiny", 2000), made("nano", 1000)])
     assert [axis.get_title().partition(":")[0] for axis in figure.axes] == ["nano", "tiny", "by size"]

@@ -88,3 +88,18 @@ def test_what_else_differs_is_named():
     assert other_differences([small, large]) == []
     longer = dataclasses.replace(large, train={**large.train, "steps": 2000})
     assert other_differences([small, longer]) == ["steps (200, 2000)"]
+
+
+def test_what_was_run_at_no_size_weighs_on_no_other_row():
+    def twins(g):
+        more = [
+            cell("no-surprise", c.seed, c.live, same_as="full", why="open", parameters=c.parameters)
+            for c in g.of("full").values()
+        ]
+        return dataclasses.replace(g, cells=(*g.cells, *more))
+
+    small, large = of_size("nano", 100, no_cms=0.1), of_size("tiny", 200, no_cms=0.2)
+    (alone,) = scaling([small, large])
+    found = {growth.name: growth for growth in scaling([twins(small), twins(large)])}
+    assert found["no-cms"].q == alone.q
+    assert math.isnan(found["no-surprise"].q)
