@@ -12,7 +12,7 @@ from hopeprobe.files import write_atomically
 from hopeprobe.stats import Contrast, OverSeeds
 
 from .claims import Claim
-from .grid import REFERENCE, Cell, Grid, differences_to_study, layers_of
+from .grid import REFERENCE, Grid, differences_to_study, layers_of
 from .published import NOISE, column
 from .scaling import Growth, other_differences
 from .summary import SAME, Row, is_threshold, summarise
@@ -217,15 +217,13 @@ def write_tables(grid: Grid, folder: Path) -> list[Path]:
     parts = [" ".join(setting_lines(grid)) + "\n", markdown(TABLE_HEADER, table_lines(rows))]
     if any(is_threshold(row.name) for row in rows):
         parts.append(markdown(SWEEP_HEADER, sweep_lines(rows)))
-    twins: dict[tuple[str, str], list[Cell]] = {}
+    twins: dict[tuple[str, str | None, str], list[str]] = {}
     for cell in grid.cells:
         if cell.same_as is not None:
-            twins.setdefault((cell.name, cell.same_as), []).append(cell)
-    for (name, other), cells in twins.items():
-        seeds = ", ".join(str(cell.seed) for cell in cells)
-        parts.append(
-            f"{name} is the computation of {other} and was not run, seeds {seeds}: {cells[0].why}.\n"
-        )
+            twins.setdefault((cell.name, cell.same_as, cell.why), []).append(str(cell.seed))
+    for (name, other, why), seeds in twins.items():
+        which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
+        parts.append(f"{name}, {which}, is the computation of {other} and was not run: {why}.\n")
     parts += [f"{c.name}, seed {c.seed}, diverged: {c.why}.\n" for c in grid.cells if not c.done]
     return [
         write_atomically(

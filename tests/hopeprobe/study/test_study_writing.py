@@ -66,7 +66,7 @@ def test_thresholds_have_a_table_of_their_own(made, tmp_path):
     write_tables(grid([*made.cells, *closed, *same]), tmp_path)
     text = (tmp_path / "tables.md").read_text()
     assert (
-        "full-tau-0.05 is the computation of full and was not run, seeds 0, 1, 2, 3: every gate was open."
+        "full-tau-0.05, seeds 0, 1, 2, 3, is the computation of full and was not run: every gate was open."
         in text
     )
 
