@@ -122,6 +122,8 @@ def draw_gate(rows: Rows) -> Canvas:
                 color=PALETTE[i % 10],
                 label=f"step {step:,}",
             )
+            low, high = ([100 * getattr(row, end) for _, row in of_step] for end in ("ci_low", "ci_high"))
+            b.fill_between(taus, low, high, color=PALETTE[i % 10], alpha=0.25, linewidth=0)
             if step == steps[-1]:
                 own = [100 * row.own_init for _, row in of_step]
                 b.plot(taus, own, ":", color="black", label="own initial weights", zorder=1)
