@@ -151,8 +151,11 @@ def test_a_cell_that_fails_stops_no_other(text, tmp_path):
     assert failure.startswith("full, seed 0: the split 'heldout'")
 
 
+# A program started where interrupts are ignored (in the background, by nohup) ignores them too.
 _PROGRAM = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_grid import specs
