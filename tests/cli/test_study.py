@@ -1,4 +1,7 @@
-"""`ablate`, `sweep`, `compare`: from a command to tables and figures, again without repeating, and what is refused."""
+"""`ablate`, `sweep`, `compare`: from a command to tables and figures, again without repeating, and what is refused.
+
+What needs a whole grid is slow: four cells with GPT-2's vocabulary take a quarter of a minute.
+"""
 
 import dataclasses
 import json
@@ -44,6 +47,7 @@ def again(call, command, made, text, *more):
     return call(command, "--out", made, "--data", text, *OPTIONS, *more)
 
 
+@pytest.mark.slow
 def test_a_grid_leaves_its_record_tables_and_figures(made):
     names = {path.name for path in made.iterdir() if path.is_file()}
     assert names == {
@@ -60,6 +64,7 @@ def test_a_grid_leaves_its_record_tables_and_figures(made):
     assert abs(table.loc["full", "live_mean"] - sum(lives) / 2) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_done_is_shown_and_not_repeated(call, made, text):
     before = {path: path.stat().st_mtime_ns for path in made.glob("*/*/*")}
     done = again(call, "ablate", made, text, "--seeds", 2, "--variants", "no-surprise,transformer")
@@ -88,6 +93,7 @@ def test_a_sweep_joins_the_grid_it_is_given(call, made, text, tmp_path):
     assert all(cell.gate_rate < 1 for cell in grid.of("full-tau-10.83").values())
 
 
+@pytest.mark.slow
 def test_a_longer_grid_leaves_the_shorter_cells_out(call, made, text, tmp_path):
     out = tmp_path / "copy"
     shutil.copytree(made, out)
@@ -97,6 +103,7 @@ def test_a_longer_grid_leaves_the_shorter_cells_out(call, made, text, tmp_path):
     assert [(c.name, c.seed, c.steps) for c in read_grid(out).cells] == [("full", 0, 4)]
 
 
+@pytest.mark.slow
 def test_comparing_redraws_what_the_run_drew(call, made, tmp_path):
     done = call("compare", made, "--out", tmp_path)
     assert done.code == 0, done.err
@@ -104,6 +111,7 @@ def test_comparing_redraws_what_the_run_drew(call, made, tmp_path):
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_sizes_are_set_beside_each_other(call, made, tmp_path):
     larger = json.loads((made / "ablation.json").read_text())
     larger["preset"] = "tiny"
@@ -190,6 +198,7 @@ def test_more_tokens_than_there_are_is_told_before_training(call, text, tmp_path
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_another_grid_s_folder_is_refused_and_left_as_it_is(call, made, text):
     before = {path: path.read_bytes() for path in made.rglob("*.*") if path.is_file()}
     done = again(call, "ablate", made, text, "--variants", "titans", "--learning-rate", 1e-4)
@@ -198,11 +207,13 @@ def test_another_grid_s_folder_is_refused_and_left_as_it_is(call, made, text):
     assert {path: path.read_bytes() for path in made.rglob("*.*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_no_path_of_the_machine_is_in_what_may_be_published(made):
     for path in made.iterdir():
         if path.suffix in (".json", ".csv", ".md"):
             assert str(made) not in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_record_is_as_good_as_its_folder(call, made):
     assert call("compare", made / "ablation.json").code == 0

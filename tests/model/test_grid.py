@@ -127,6 +127,7 @@ def test_a_longer_grid_forgets_twins_of_the_shorter(here, text, tmp_path):
     assert [r["steps"] for r in known_cells(tmp_path, ran.records[0]["shared"])] == [4, 4]
 
 
+@pytest.mark.slow  # processes of their own load torch
 def test_workers_are_processes_and_their_numbers_those_of_one(text, tmp_path):
     asked = specs(tmp_path / "several", text, ("full", "transformer", "no-surprise"))
     said = []
@@ -281,6 +282,7 @@ def test_thresholds_that_would_share_a_folder_are_refused(tmp_path):
         cells(Setting("tiny", TRAIN, ("builtin",), 64), tmp_path, ["full"], [0], [10.0, 10.0000001])
 
 
+@pytest.mark.slow  # processes of their own load torch
 def test_workers_take_nothing_from_the_folder_they_run_in(text, tmp_path, monkeypatch):
     (tmp_path / "random.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path)
