@@ -123,10 +123,11 @@ class Grid:
         return {"schema_version": SCHEMA_VERSION, **_plain(dataclasses.asdict(self))}
 
     def write(self, folder: Path) -> Path:
-        """Write `ablation.json`, whole or not at all."""
-        return write_atomically(
-            folder / RECORD, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode()
-        )
+        """Write `ablation.json`, a line a cell, whole or not at all."""
+        content = self.to_dict()
+        cells = ",\n  ".join(json.dumps(cell, allow_nan=False) for cell in content.pop("cells"))
+        head = json.dumps(content, indent=1, allow_nan=False).removesuffix("\n}")
+        return write_atomically(folder / RECORD, f'{head},\n "cells": [\n  {cells}\n ]\n}}\n'.encode())
 
 
 #: What the tables need: numbers, and texts, by the part of a record.
