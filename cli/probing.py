@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hopeprobe
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.terminal import Report
 from hopeprobe.errors import BadInputError, HopeprobeError
@@ -18,6 +17,9 @@ from hopeprobe.files import write_atomically
 from hopeprobe.model.cell import CellSpec
 from hopeprobe.model.checkpoint import step_path
 from hopeprobe.model.grid import known_cells
+from hopeprobe.model.hope import HopeModel
+from hopeprobe.model.subject import HopeSubject
+from hopeprobe.nulls import code_digest
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.results import Results
 from hopeprobe.study.probed import Probed, over_runs, write_probed
@@ -123,7 +125,7 @@ def _probe(path: Path, data: TokenData, options: ProbeOptions, report: Report, w
 
 
 def _kept(file: Path, data: TokenData, tokens: int) -> Results | None:
-    """Results kept of one probe and checkpoint, if they are of this text, as many tokens and these very weights."""
+    """Results kept of one probe and checkpoint, if of this text, as many tokens, these weights and this code."""
     name, _, step = file.stem.rpartition("-step-")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
@@ -134,7 +136,10 @@ def _kept(file: Path, data: TokenData, tokens: int) -> Results | None:
 
 
 def _identity(path: Path, probe: str, data: TokenData, tokens: int) -> str:
-    content = [hopeprobe.__version__, data.fingerprint, probe, tokens, _digest(path, path.stat().st_mtime_ns)]
+    code = code_digest(
+        (HopeSubject, HopeModel, type(get_probe(probe)))
+    )  # as for nulls: other code, other numbers
+    content = [code, data.fingerprint, probe, tokens, _digest(path, path.stat().st_mtime_ns)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -300,7 +300,7 @@ def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Wher
     if not origin:
         return {}
     parts: tuple[type, type, type] = (type(subject), type(subject.module), type(probe))
-    code = _code_of(parts)
+    code = code_digest(parts)
     if code is None:
         return {}
     return {
@@ -321,7 +321,7 @@ def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Wher
 
 
 @functools.lru_cache(maxsize=256)
-def _code_of(parts: tuple[type, type, type]) -> str | None:
+def code_digest(parts: tuple[type, type, type]) -> str | None:
     """SHA-256 (hex) over the code that numbers come from, as it is on disk; None where a model's is in no file.
 
     All of hopeprobe, and the folders (where they are packages, else the files) of the classes that make up

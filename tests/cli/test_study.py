@@ -128,7 +128,7 @@ def test_sizes_are_set_beside_each_other(call, made, tmp_path):
 
 
 @pytest.mark.slow
-def test_probes_over_the_checkpoints_of_a_grid(call, made, text, tmp_path):
+def test_probes_over_the_checkpoints_of_a_grid(call, made, text, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     shutil.copytree(made, out)
     probes = ("--probes", "cms-dynamics", "--probe-tokens", 600)
@@ -144,6 +144,12 @@ def test_probes_over_the_checkpoints_of_a_grid(call, made, text, tmp_path):
     done = again(call, "ablate", out, text, "--seeds", 2, "--variants", "full", *probes, "--probe-steps", "3")
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/probes/*.json")} == kept
     assert set(pd.read_csv(out / "probes.csv").step) == {2, 3}
+    monkeypatch.setattr("hopeprobe.cli.probing.code_digest", lambda parts: "other code")
+    done = again(call, "ablate", out, text, "--seeds", 2, "--variants", "full", *probes, "--probe-steps", "3")
+    assert (
+        sum(path.stat().st_mtime_ns != kept[path] for path in kept) == 2
+    )  # both seeds, at the step asked for
+    assert set(pd.read_csv(out / "probes.csv").step) == {3}
     done = again(call, "ablate", out, text, "--seeds", 1, "--variants", "full", *probes, "--probe-steps", "7")
     assert done.code == 3
     assert "full, seed 0: there is no checkpoint of step 7" in done.err

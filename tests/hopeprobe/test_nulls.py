@@ -283,13 +283,13 @@ def adapter(tmp_path):
         spec = importlib.util.spec_from_file_location("adapter_of_a_test", file)
         sys.modules["adapter_of_a_test"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        nulls._code_of.cache_clear()
+        nulls.code_digest.cache_clear()
         nulls._source_of.cache_clear()
         return module
 
     yield load
     sys.modules.pop("adapter_of_a_test", None)
-    nulls._code_of.cache_clear()
+    nulls.code_digest.cache_clear()
     nulls._source_of.cache_clear()
 
 
@@ -334,14 +334,14 @@ def test_code_that_is_in_no_file_is_not_cached(subject, windows, tmp_path, runs,
 
 
 def test_the_digest_of_the_code_is_made_once_and_quickly(subject):
-    nulls._code_of.cache_clear()
+    nulls.code_digest.cache_clear()
     parts = type(subject), type(subject.module), CMSSimilarity
-    nulls._code_of(parts)
-    nulls._code_of.cache_clear()
+    nulls.code_digest(parts)
+    nulls.code_digest.cache_clear()
     start = time.process_time()
-    nulls._code_of(parts)
+    nulls.code_digest(parts)
     assert time.process_time() - start < 0.05
-    assert nulls._code_of(parts) is nulls._code_of(parts)
+    assert nulls.code_digest(parts) is nulls.code_digest(parts)
 
 
 def test_the_probes_own_source_is_in_the_key_where_no_file_shows_it(
