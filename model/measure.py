@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hopeprobe.hooks import HookPoint
-from hopeprobe.model.hope import Block, HopeModel
+from hopeprobe.model.block import Block
+from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.state import State
 from hopeprobe.tokens import EvalWindows
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hopeprobe.model.attention import MLP, Attention
+from hopeprobe.model.block import Block
 from hopeprobe.model.cms import CMS
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.hope import Block, HopeModel
+from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.memories import Memory, l2norm
 from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.titans import Titans

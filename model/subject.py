@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.model.block import Block
 from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_checkpoints
-from hopeprobe.model.hope import Block, HopeModel
+from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import close, freeze_hooks, write_gates
 from hopeprobe.model.memories import Memory
