@@ -109,3 +109,11 @@ class Block(nn.Module):
         elif self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return self.hook_post(x), ToWrite(generated, taps, titans), state
+
+    def assoc_surprise(self, made: ToWrite) -> Tensor:
+        """|gradient of the associative loss| of each token (B, n), at the fast weights that the tick read."""
+        if self.selfmod is not None and made.generated is not None:
+            return self.selfmod.surprise(made.generated)
+        if self.titans is not None and made.titans is not None:
+            return self.titans.surprise(made.titans)
+        raise BadInputError("the gate rule 'assoc' needs memories that are written")

@@ -26,7 +26,7 @@ from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.model.config import ModelConfig, from_dict
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.init import digest
+from hopeprobe.model.init import FREQUENCIES, digest
 
 FORMAT = "hopeprobe-hope"
 VERSION = 1
@@ -233,4 +233,6 @@ def initial_model(checkpoint: Checkpoint) -> HopeModel | None:
     """The run's step-0 model rebuilt from config and seed, or None when its digest is not the stored one."""
     dtype = next(iter(checkpoint.weights.values())).dtype
     model = HopeModel(checkpoint.config, checkpoint.seed, dtype)
+    if model.unigram is not None:
+        model.set_frequencies(checkpoint.weights[FREQUENCIES])
     return model if digest(model.state_dict().items()) == checkpoint.init_digest else None

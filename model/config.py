@@ -62,6 +62,77 @@ class CMSLevel:
             )
 
 
+#: Rules of a gate, each with what it decides by; `model/scores.py` defines them.
+GATE_RULES = {
+    "absolute": "s_t, against tau",
+    "quantile": "s_t, against its own past",
+    "zscore": "(s_t - mean) / (deviation + 0.1), both running",
+    "ratio": "s_t / running mean",
+    "excess": "s_t - unigram surprisal",
+    "entropy-gap": "s_t - predictive entropy",
+    "assoc": "|gradient of the associative loss|, a layer at a time",
+    "momentum": "decayed sum of s up to t",
+    "random": "chance",
+}
+#: Rules that know no threshold: what they decide by has no unit.
+_BUDGET_ALONE = ("quantile", "random")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Which tokens may be written: those whose score exceeds a threshold, or ranks high among those before it.
+
+    With a budget b a token passes when the share of the scores before it, of the same sequence, that are higher is at
+    most b, corrected by what was written so far (`model/gate.py`). "Absolute" takes the threshold of `ModelConfig`.
+    """
+
+    rule: str = "absolute"  # one of GATE_RULES
+    budget: float | None = None  # share of the tokens that are written, (0, 1]
+    threshold: float | None = None  # of the score, in its own unit, where there is no budget
+    writes: str = (
+        "all"  # which writes the gate is for: all, or those of selfmod, cms or titans; others are open
+    )
+    decay: float = 0.95  # of running means, a token
+    history: int = 256  # scores of the past that one is ranked among
+    straight_through: bool = False  # the outer gradient passes the gate as if it were a sigmoid of the score
+    temperature: float = 1.0  # of that sigmoid, in the score's unit
+    seed: int = 0  # of `random`, and of what ranks a first token and ties
+
+    def __post_init__(self) -> None:
+        if self.rule == "oracle":
+            raise BadInputError(
+                "the rule 'oracle' knows what a write will be worth, so no model can gate by it: the probe "
+                "relative-surprise measures what it would give"
+            )
+        _check_choice("gate rule", self.rule, tuple(GATE_RULES))
+        _check_choice("gate writes", self.writes, ("all", "selfmod", "cms", "titans"))
+        _check_whole(history=self.history, seed=self.seed)
+        _check_positive(history=self.history, temperature=self.temperature)
+        if not 0 < self.decay < 1:
+            raise BadInputError(f"the gate's decay is {self.decay!r}, must lie between 0 and 1")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise BadInputError(f"the gate's budget is {self.budget!r}, must be above 0 and at most 1")
+        self._check_criterion()
+        if self.straight_through and self.rule in ("assoc", "random"):
+            raise BadInputError(f"a straight-through gradient needs a rule on the loss, not {self.rule!r}")
+
+    def _check_criterion(self) -> None:
+        if self.rule == "absolute":
+            if self.budget is not None:
+                raise BadInputError(
+                    "the rule 'absolute' has a threshold; 'quantile' writes a budget of the same surprise"
+                )
+            if self.threshold is not None:
+                raise BadInputError("the threshold of the rule 'absolute' is surprise_threshold")
+        elif self.rule in _BUDGET_ALONE:
+            if self.budget is None or self.threshold is not None:
+                raise BadInputError(
+                    f"the rule {self.rule!r} needs a budget, the share of tokens that are written"
+                )
+        elif (self.budget is None) == (self.threshold is None):
+            raise BadInputError(f"the rule {self.rule!r} needs a budget or a threshold, one of the two")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything that fixes the computation of a model; the weights follow from it and a seed.
@@ -107,6 +178,7 @@ class ModelConfig:
 
     # Gate, embedding, blocks
     surprise_threshold: float = 0.02  # tau in nats: a token is written when its cross-entropy exceeds it
+    gate: GateConfig = GateConfig()  # another rule than that threshold
     embed_std: float = 0.02
     residual: bool = True  # pre-norm residual blocks; False: the bare composition of the public reproduction
     heads: int = 4  # attention heads, where there is attention
@@ -118,6 +190,10 @@ class ModelConfig:
             self,
             "cms_levels",
             tuple(lv if isinstance(lv, CMSLevel) else from_dict(CMSLevel, lv) for lv in levels),
+        )
+        gate: Any = self.gate
+        object.__setattr__(
+            self, "gate", gate if isinstance(gate, GateConfig) else from_dict(GateConfig, gate)
         )
         _check_whole(
             vocab_size=self.vocab_size, dim=self.dim, layers=self.layers, context=self.context, chunk=self.chunk,
@@ -150,6 +226,31 @@ class ModelConfig:
             raise BadInputError(
                 f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
             )
+
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        rule, writes = self.gate.rule, self.gate.writes
+        if self.gate == GateConfig():
+            return
+        if not self.writes:
+            raise BadInputError(f"variant {self.variant!r} writes nothing: there is nothing to gate")
+        if self.parts.no_threshold:
+            raise BadInputError(
+                f"variant {self.variant!r} is defined by its gate, which lets every token pass"
+            )
+        memories = [name for name in self.mechanisms if name != "cms"]
+        if writes != "all" and writes not in self.mechanisms:
+            raise BadInputError(f"variant {self.variant!r} has no writes of {writes!r} to gate")
+        if rule == "assoc" and (not memories or writes == "cms"):
+            raise BadInputError(
+                "the rule 'assoc' gates memories by their own loss: there must be some that are written"
+            )
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What writes: `selfmod`, `cms`, `titans`."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.periods))
 
     @property
     def parts(self) -> Parts:
@@ -198,8 +299,14 @@ class ModelConfig:
         return math.gcd(*self.periods.values()) if self.writes else self.context
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a checkpoint."""
-        return dataclasses.asdict(self)
+        """Plain data for a checkpoint.
+
+        A gate left as it is by default is left out: what was identified by this before there were gates stays so.
+        """
+        content = dataclasses.asdict(self)
+        if self.gate == GateConfig():
+            del content["gate"]
+        return content
 
 
 def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:

@@ -1,22 +1,146 @@
-"""Surprise gates: which tokens may be written.
+"""Gates: which tokens may be written, by a threshold or by a budget; causal, each sequence for itself.
 
-The absolute threshold is the study's and the public reproduction's; neither paper defines one.
+With a threshold, g_t = 1[score_t > theta]. With a budget b, ranked among the last W = 256 scores before it,
+
+    p_t = (#{higher} + U_t (1 + #{equal})) / (1 + #{all})
+    g_t = 1[p_t <= b (1 + owed_t / 2)],   owed_t = sum_{i<t} (b - g_i)
+
+U_t is uniform, from a hash of the sequence so far. Where scores are exchangeable p_t is uniform from the first token on
+(a conformal p-value), so that exactly b pass; where they drift, `owed` holds the count to the budget: of T tokens b T
+pass, to within a few, however long the stream. `random` ranks chance by the same rule, so that between it and any other
+the score is the only difference. `scores.py` defines the scores. The absolute threshold is the study's and the public
+reproduction's; neither paper defines a gate.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from hopeprobe.model.config import GATE_RULES, GateConfig
+from hopeprobe.model.scores import Scored, Seen, hash_start, hash_tick, scored, uniform
+from hopeprobe.model.state import GateState
 
-def surprise_gate(surprise: Tensor, scored: Tensor, threshold: float) -> Tensor:
-    """g_t = 1[s_t > tau], 0 where the token has no loss.
+#: Tokens owed that double the share that passes.
+_PATIENCE = 2.0
+_SCORE_SALT, _RANK_SALT = 1, 2
+
+
+class Decision(NamedTuple):
+    """What a gate says of a tick."""
+
+    gate: Tensor  # (B, G, n): 0 and 1
+    score: Tensor  # (B, G, n)
+    state: GateState | None
+
+
+class Gate:
+    """The gate of a model.
 
     Args:
-        surprise: (B, T), nats.
-        scored: (B, T) bool.
-        threshold: tau, nats.
-
-    Returns:
-        (B, T) of surprise's dtype, values 0 and 1.
+        config: the rule.
+        threshold: tau of the rule `absolute`, nats.
+        layers: whose memories are written: `assoc` has a gate for each.
     """
-    return ((surprise > threshold) & scored).to(surprise.dtype)
+
+    def __init__(self, config: GateConfig, threshold: float, layers: int) -> None:
+        self.config = config
+        self.threshold = threshold if config.rule == "absolute" else config.threshold
+        self.width = layers if config.rule == "assoc" else 1
+
+    @property
+    def remembers(self) -> bool:
+        """Does it need a state."""
+        return self.config.budget is not None or self.config.rule in ("zscore", "ratio", "momentum")
+
+    def init_state(self, batch: int, like: Tensor) -> GateState | None:
+        """The state of streams without a token yet."""
+        if not self.remembers:
+            return None
+        history = self.config.history if self.config.budget is not None else 0
+        empty = like.new_zeros(batch, self.width)
+        chain = torch.full((batch,), hash_start(self.config.seed), dtype=torch.int64, device=like.device)
+        nothing = like.new_full((batch, self.width, history), float("nan"))
+        return GateState(nothing, empty, empty.clone(), empty.clone(), chain)
+
+    def decide(
+        self, seen: Seen, state: GateState | None, position: int, surprise: Tensor | None = None
+    ) -> Decision:
+        """Decide on a tick (B, n) after `position` tokens; 0 where a token has no target.
+
+        surprise: `seen.surprise` in the outer graph, for a straight-through gradient.
+        """
+        held = self._blank(seen.surprise) if state is None else state
+        known = (seen.targets >= 0)[:, None].to(seen.surprise.dtype)
+        chains, chain = hash_tick(held.chain, seen.targets)
+        if self.config.rule == "random":
+            nothing = seen.surprise.new_zeros(())
+            made = Scored(_chance(chains, _SCORE_SALT, seen), nothing, held.mean, held.square)
+        else:
+            made = scored(self.config.rule, self.config.decay, seen, held.mean, held.square, position)
+        after = held._replace(mean=made.mean, square=made.square, chain=chain)
+        if self.threshold is not None:
+            gate = (made.score > self.threshold).to(made.score.dtype) * known
+        else:
+            gate, after = _budgeted(
+                self.config, made.score, _chance(chains, _RANK_SALT, seen), after, known, position
+            )
+        if self.config.straight_through and surprise is not None:
+            cut = (
+                _quantile(held.scores, 1.0 - (self.config.budget or 0.0))
+                if self.threshold is None
+                else self.threshold
+            )
+            moving = made.score + made.slope * (surprise - surprise.detach())[:, None]
+            soft = torch.sigmoid((moving - cut) / self.config.temperature) * known
+            gate = gate + (soft - soft.detach())
+        return Decision(gate, made.score, None if state is None else after)
+
+    def _blank(self, like: Tensor) -> GateState:
+        """What a gate that remembers nothing begins every tick with."""
+        empty = like.new_zeros(len(like), self.width)
+        chain = torch.zeros(len(like), dtype=torch.int64, device=like.device)
+        return GateState(like.new_zeros(*empty.shape, 0), empty, empty, empty, chain)
+
+    def equation(self) -> str:
+        """What `hook_gate` holds, in a line."""
+        config = self.config
+        if config.rule == "absolute":
+            return f"g_t = [s_t > {self.threshold:g}]"
+        score = GATE_RULES[config.rule]
+        if config.rule == "assoc":
+            return "g_t = 1; the write gates of memories go by |gradient of their associative loss|"
+        if config.budget is None:
+            return f"g_t = [score_t > {self.threshold:g}], score: {score}"
+        return f"g_t = [score_t among the highest {config.budget:.4g} of its past], score: {score}"
+
+
+def _budgeted(
+    config: GateConfig, score: Tensor, chance: Tensor, state: GateState, known: Tensor, position: int
+) -> tuple[Tensor, GateState]:
+    """Gate (B, G, n) by a budget, and the state with what is owed after it and the scores that come to the past."""
+    budget, width, n = config.budget or 0.0, state.scores.shape[2], score.shape[2]
+    line = torch.cat([state.scores, score], 2)
+    past, mine = line.unfold(2, width, 1)[:, :, :n], score[..., None]  # (B, G, n, W): the W before each
+    lower, equal = (past < mine).sum(-1), (past == mine).sum(-1)
+    count = torch.arange(position, position + n, device=score.device).clamp_max(width)
+    # What cannot be compared counts as higher: a loss that is not a number is not written.
+    rank = (count - lower - equal + chance * (1 + equal)) / (count + 1)
+    owed, gates = state.owed, []
+    for j in range(n):
+        passes = (rank[..., j] <= budget * (1.0 + owed / _PATIENCE)).to(score.dtype) * known[..., j]
+        owed = owed + budget * known[..., j] - passes
+        gates.append(passes)
+    return torch.stack(gates, -1), state._replace(scores=line[..., n:], owed=owed)
+
+
+def _chance(chains: Tensor, salt: int, seen: Seen) -> Tensor:
+    """(B, 1, n)."""
+    return uniform(chains, salt, seen.surprise.dtype)[:, None]
+
+
+def _quantile(scores: Tensor, share: float) -> Tensor:
+    """The score (B, G, 1) that a share of them lies below; 0 while there are none."""
+    return torch.nanquantile(scores, share, dim=-1, keepdim=True).nan_to_num()

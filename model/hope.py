@@ -17,11 +17,12 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import Hooked, HookRegistry, HookSpec
 from hopeprobe.model.block import Block, ToWrite
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.gate import surprise_gate
+from hopeprobe.model.gate import Decision, Gate
 from hopeprobe.model.init import initialise
 from hopeprobe.model.inner import inner_gradients
 from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, score
 from hopeprobe.model.memories import Weights
+from hopeprobe.model.scores import Seen
 from hopeprobe.model.state import LayerState, State, detach_state, map_state, on_host
 from hopeprobe.model.thin import sealed
 
@@ -40,6 +41,13 @@ class _Tick(NamedTuple):
     final: Tensor  # (B, C, d): what the head reads
     losses: Tensor  # (B, C), outside the graph
     grads: Tensor  # (B, C, d): dCE_t/d final_t, outside the graph
+
+
+class _Gates(NamedTuple):
+    """Write gates of a tick, (B, C): of the memories of each layer, and of all CMS levels."""
+
+    memories: list[Tensor]
+    levels: Tensor
 
 
 _Prepared = tuple[tuple[Weights, ...] | None, ...]
@@ -66,6 +74,8 @@ class HopeModel(Hooked, nn.Module):
         dtype: of weights, state and activations; float64 for exactness.
     """
 
+    unigram: Tensor | None
+
     def __init__(self, config: ModelConfig, seed: int | None = 0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
@@ -79,9 +89,18 @@ class HopeModel(Hooked, nn.Module):
         self.norm = nn.LayerNorm(config.dim)
         surprise = HookSpec(("batch", "pos"), "tick", False, "s_t = CE_t = -log p(token_{t+1}), nats")
         self.hook_surprise = registry.add("hook_surprise", surprise)
+        self.gate = Gate(config.gate, config.threshold, config.layers)
         if config.writes:
-            gate = HookSpec(("batch", "pos"), "tick", True, f"g_t = [s_t > {config.threshold:g}]")
+            score = HookSpec(
+                ("batch", "pos"), "tick", False, "score_t that the gate decides by; of `assoc` their mean"
+            )
+            self.hook_score = registry.add("hook_gate_score", score)
+            gate = HookSpec(("batch", "pos"), "tick", True, self.gate.equation())
             self.hook_gate = registry.add("hook_gate", gate)
+        asked = config.gate.rule == "excess"
+        self.register_buffer(
+            "unigram", torch.full((config.vocab_size,), torch.nan) if asked else None
+        )  # nats
         self._register_hooks(registry)
         self.to(dtype)
         if seed is not None:
@@ -99,12 +118,26 @@ class HopeModel(Hooked, nn.Module):
         """A fresh state for `batch` streams at position 0."""
         layers = tuple(self._block(i).init_state(batch) for i in range(self.config.layers))
         pending = torch.empty(batch, 0, dtype=torch.int64, device=self.embed.device)
-        return State(layers, pending, 0)
+        return State(layers, pending, 0, self.gate.init_state(batch, self.embed))
 
     def _block(self, index: int) -> Block:
         return cast(Block, self.blocks[index])
 
+    def set_frequencies(self, surprisal: Tensor) -> None:
+        """Give the gate rule `excess` what it needs: -log p (V,) of every token by its frequency, nats."""
+        if self.unigram is None:
+            raise BadInputError(f"the gate rule {self.config.gate.rule!r} does not ask for token frequencies")
+        if tuple(surprisal.shape) != tuple(self.unigram.shape) or not bool(surprisal.isfinite().all()):
+            raise BadInputError(
+                f"token frequencies must be {tuple(self.unigram.shape)} finite numbers, not {tuple(surprisal.shape)}"
+            )
+        self.unigram.copy_(surprisal)
+
     def _prepared(self) -> _Prepared:
+        if self.unigram is not None and not bool(self.unigram[:1].isfinite().all()):
+            raise BadInputError(
+                "the gate rule 'excess' needs token frequencies, which this model was not given: set_frequencies()"
+            )
         blocks = [self._block(i) for i in range(self.config.layers)]
         return tuple(b.selfmod.stacked() if b.selfmod else None for b in blocks)
 
@@ -165,20 +198,64 @@ class HopeModel(Hooked, nn.Module):
                 made.append(left)
                 layers.append(layer)
             final = self.norm(x)
-        flat, grads = score(final.detach().flatten(0, 1), self.embed, targets.flatten(), kept)
+        entropy: list[Tensor] | None = [] if self.gate.config.rule == "entropy-gap" else None
+        flat, grads = score(final.detach().flatten(0, 1), self.embed, targets.flatten(), kept, entropy)
         losses, grads = flat.view_as(targets), grads.view_as(final)
         losses = self.hook_surprise(losses)
+        remembered = state.gate
         if config.writes:
-            # A row whose tick lacks a target has ended inside it: like a stream cut there, it writes nothing more.
-            gate = self.hook_gate(surprise_gate(losses, targets >= 0, config.threshold))
-            complete = (targets >= 0).all(dim=1, keepdim=True)
+            decided = self._decide(state, made, losses, targets, entropy, final, grads)
+            remembered = decided.state
+            gates = self._gates(decided, targets)
             if writing:
                 layers = self._write(
-                    prepared, state, made, final, grads, gate * complete, layers, donated and not outer
+                    prepared, state, made, final, grads, gates, layers, donated and not outer
                 )
         if not outer:
             layers, final = list(detach_state(tuple(layers))), final.detach()
-        return _Tick(final, losses, grads), State(tuple(layers), state.pending, state.position + n)
+        after = State(tuple(layers), state.pending, state.position + n, remembered)
+        return _Tick(final, losses, grads), after
+
+    def _decide(
+        self,
+        state: State,
+        made: list[ToWrite],
+        losses: Tensor,
+        targets: Tensor,
+        entropy: list[Tensor] | None,
+        final: Tensor,
+        grads: Tensor,
+    ) -> Decision:
+        """What the gate says of a tick's tokens."""
+        rule = self.gate.config
+        assoc = unigram = in_graph = None
+        with torch.no_grad():
+            if rule.rule == "assoc":
+                assoc = torch.stack([self._block(i).assoc_surprise(one) for i, one in enumerate(made)], 1)
+            if self.unigram is not None:
+                unigram = self.unigram[targets.clamp_min(0)]
+        if rule.straight_through and torch.is_grad_enabled():
+            # The loss as a function of what the head reads, to first order; of the head's table it is a constant.
+            in_graph = losses + ((final - final.detach()) * grads).sum(-1)
+        told = torch.cat(entropy).view_as(losses) if entropy else None
+        return self.gate.decide(
+            Seen(losses, targets, unigram, told, assoc), state.gate, state.position, in_graph
+        )
+
+    def _gates(self, decided: Decision, targets: Tensor) -> _Gates:
+        """Write gates by mechanism, 0 where a row has ended."""
+        scored = targets >= 0
+        per_layer = self.gate.config.rule == "assoc"
+        self.hook_score(decided.score.mean(1))
+        shared = self.hook_gate(scored.to(decided.gate.dtype) if per_layer else decided.gate[:, 0])
+        # A row whose tick lacks a target has ended inside it: like a stream cut there, it writes nothing more.
+        complete = scored.all(dim=1, keepdim=True)
+        shared, still_open = shared * complete, (scored & complete).to(shared.dtype)
+        writes = self.gate.config.writes
+        memories = [shared if writes in ("all", "selfmod", "titans") else still_open] * self.config.layers
+        if per_layer:
+            memories = [shared * decided.gate[:, i] for i in range(self.config.layers)]
+        return _Gates(memories, shared if writes in ("all", "cms") else still_open)
 
     def _write(
         self,
@@ -187,16 +264,16 @@ class HopeModel(Hooked, nn.Module):
         made: list[ToWrite],
         final: Tensor,
         grads: Tensor,
-        gate: Tensor,
+        gates: _Gates,
         layers: list[LayerState],
         donated: bool,
     ) -> list[LayerState]:
         """All writes of a tick; they change nothing that this tick still reads."""
         through = torch.is_grad_enabled() and self.config.write_grad == "through"
-        end = state.position + gate.shape[1]
+        end = state.position + gates.levels.shape[1]
         levels = [self._block(i).written_levels() for i in range(len(layers))]
-        gates = [[level.hook_write_gate(gate) for level in of_block] for of_block in levels]
-        inner = inner_gradients(final, grads, [m.taps for m in made], gates)
+        of_levels = [[level.hook_write_gate(gates.levels) for level in of_block] for of_block in levels]
+        inner = inner_gradients(final, grads, [m.taps for m in made], of_levels)
         out = []
         for i, layer in enumerate(layers):
             selfmod, weights, generated = self._block(i).selfmod, prepared[i], made[i].generated
@@ -207,12 +284,14 @@ class HopeModel(Hooked, nn.Module):
                 and generated is not None
             ):
                 with torch.set_grad_enabled(through):
-                    fast = selfmod.write(weights, layer.selfmod, generated, gate, donated)
+                    fast = selfmod.write(weights, layer.selfmod, generated, gates.memories[i], donated)
                 layer = layer._replace(selfmod=fast)
             titans, left = self._block(i).titans, made[i].titans
             if titans is not None and layer.titans is not None and left is not None:
                 with torch.set_grad_enabled(through):
-                    layer = layer._replace(titans=titans.write(layer.titans, left, gate, donated))
+                    layer = layer._replace(
+                        titans=titans.write(layer.titans, left, gates.memories[i], donated)
+                    )
             if levels[i]:
                 with torch.no_grad():
                     cms = tuple(

@@ -56,10 +56,19 @@ def _draw(name: str, parameter: Tensor, config: ModelConfig, seed: int) -> Tenso
     return full.uniform_(-bound, bound, generator=generator)
 
 
+#: Of a model's state, what belongs to the text that it is gated by.
+FREQUENCIES = "unigram"
+
+
 def digest(named: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 (hex) over names, shapes and float32 values of weights, in the order of their names."""
+    """SHA-256 (hex) over names, shapes and float32 values of weights, in the order of their names.
+
+    Token frequencies are no weights: they come from a text, not from a seed.
+    """
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda item: item[0]):
+        if name == FREQUENCIES:
+            continue
         total.update(f"{name}:{tuple(tensor.shape)};".encode())
         total.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes())
     return total.hexdigest()

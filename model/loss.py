@@ -44,7 +44,11 @@ def _exponentials(hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @torch.no_grad()
 def score(
-    hidden: Tensor, table: Tensor, target: Tensor, kept: list[Kept] | None = None
+    hidden: Tensor,
+    table: Tensor,
+    target: Tensor,
+    kept: list[Kept] | None = None,
+    entropy: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, and its gradient with respect to each token's own hidden vector.
 
@@ -55,6 +59,7 @@ def score(
         table: (V, d), the tied embedding E.
         target: (N,) int64; `NO_TARGET` gives loss 0 and gradient 0.
         kept: takes what `differentiable` needs to know the probabilities.
+        entropy: takes -sum_v p_v log p_v of each prediction, nats, in parts of rows.
 
     Returns:
         (N,) losses and (N, d) gradients, both outside any graph.
@@ -69,6 +74,9 @@ def score(
         losses[rows] = torch.where(scored, norm.log() + top - picked, 0.0)
         expected = (table.mT @ weights).mT / norm[:, None]
         grads[rows] = torch.where(scored[:, None], expected - table[index], 0.0)
+        if entropy is not None:
+            # p log p = w (log w - log sum w) / sum w, and w log w is 0 where w is.
+            entropy.append(norm.log() - torch.special.xlogy(weights, weights).sum(0) / norm)
         if kept is not None:
             kept.append((weights, norm))
     return losses, grads

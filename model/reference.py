@@ -8,7 +8,7 @@ float64, and what the fast path (`hope.py`, `selfmod.py`, `cms.py`, `write.py`) 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,13 @@ from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.titans import Titans
 
 MemoryWeights = dict[str, Tensor]  # "w1" (out, h), "w2" (h, d), and "skip" (1, d) where out is 1
+
+
+class ReferenceGates(NamedTuple):
+    """Zeros and ones for the T tokens of a window."""
+
+    memories: Tensor  # (layers, T)
+    levels: Tensor  # (T,): of all CMS levels
 
 
 @dataclass
@@ -229,10 +236,13 @@ def _mlp(block: Block, x: Tensor) -> Tensor:
     return x + hidden @ mlp.w_out.mT + mlp.b_out
 
 
-def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[LayerTrace]]:
+def reference_losses(
+    model: HopeModel, tokens: Tensor, gates: ReferenceGates | None = None
+) -> tuple[Tensor, list[LayerTrace]]:
     """Losses (T,) of one window of T + 1 tokens from a fresh state, differentiable, and the state after it.
 
-    First-order CMS writes, `write_grad = "through"` or `"stop"`; no truncation.
+    First-order CMS writes, `write_grad = "through"` or `"stop"`; no truncation. gates: which tokens are written, where
+    that is not the absolute threshold's to say.
     """
     config = model.config
     traces = init_trace(model)
@@ -264,7 +274,10 @@ def reference_losses(model: HopeModel, tokens: Tensor) -> tuple[Tensor, list[Lay
         losses.append(tick_losses)
         if config.writes and len(x) == config.tick:
             gate = (tick_losses.detach() > config.threshold).to(x.dtype)
-            _write(model, traces, made, seen, gate, (gate * tick_losses).sum(), start + config.tick)
+            here = slice(start, start + config.tick)
+            of_memories = gate.expand(config.layers, -1) if gates is None else gates.memories[:, here]
+            gate = gate if gates is None else gates.levels[here]
+            _write(model, traces, made, seen, of_memories, (gate * tick_losses).sum(), start + config.tick)
     return torch.cat(losses), traces
 
 
@@ -286,7 +299,7 @@ def _write(
     traces: list[LayerTrace],
     made: list[list[Tensor]],
     seen: list[list[dict[str, Tensor]]],
-    gate: Tensor,
+    gates: Tensor,
     gated_loss: Tensor,
     end: int,
 ) -> None:
@@ -294,9 +307,9 @@ def _write(
     written = [name.removeprefix("selfmod.") for name in config.periods if name.startswith("selfmod.")]
     for i, trace in enumerate(traces):
         if config.parts.mixer == "titans":
-            _titans_write(config, trace, made[i], gate)
+            _titans_write(config, trace, made[i], gates[i])
         if written:
-            _write_memories(config, trace, made[i], gate, written, end)
+            _write_memories(config, trace, made[i], gates[i], written, end)
         if config.parts.levels:
             _write_levels(cast(CMS, cast(Block, model.blocks[i]).cms), trace, seen[i], gated_loss, end)
 

@@ -296,6 +296,36 @@ class SelfMod(nn.Module):
             pending.append(None)
         return SelfModState(tuple(groups), tuple(pending), made.tail)
 
+    def _gradients(
+        self, fast: Weights, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What the gradients of a group's associative losses are outer products of.
+
+        dL/dM(k) of vector (B, mv, C, d) and scalar memories (B, C, m - mv); W2 k and its gelu (B, C, m, h); dL/d(W2 k).
+        """
+        both = read_group(torch.cat([k, v], 1), fast)
+        predicted, target, predicted_scalar, target_scalar = self._predictions(both, v)
+        slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
+        pre, hidden = both.pre.chunk(2, dim=1)[0], both.hidden.chunk(2, dim=1)[0]
+        back = back_each(slope.flatten(0, 1), fast.w1).view_as(slope).transpose(1, 2)
+        back = torch.cat([back, slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2)
+        return slope, slope_scalar, pre, hidden, gelu_backward(back, pre)
+
+    def surprise(self, made: Generated) -> Tensor:
+        """|dL_t/dM| of each token (B, n), over all matrices of all memories that write, at what the tick read."""
+        total = made.k.new_zeros(())
+        k2 = made.k.square().sum(-1)
+        for fast, chunk in zip(made.fast, self.group_chunks, strict=True):
+            if chunk is None:
+                continue
+            slope, slope_scalar, _, hidden, push = self._gradients(fast, made.k, made.v)
+            n_vector = slope.shape[1]
+            hidden2, push2 = hidden.square().sum(-1), push.square().sum((-2, -1))
+            of_vectors = (slope.square().sum(-1).transpose(1, 2) * hidden2[..., :n_vector]).sum(-1)
+            of_scalars = (slope_scalar.square() * (hidden2[..., n_vector:] + k2[..., None])).sum(-1)
+            total = total + of_vectors + of_scalars + push2 * k2
+        return total.sqrt()
+
     def _write_rows(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         """In place a few rows after another: a long chunk's intermediates, and its weights, then stay in the cache."""
         rows = max(1, _TOKENS_AT_ONCE // tokens.k.shape[1])
@@ -311,22 +341,15 @@ class SelfMod(nn.Module):
 
     def _write_group(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         k, v, eta, log_alpha = tokens
-        both = read_group(torch.cat([k, v], 1), fast)
-        predicted, target, predicted_scalar, target_scalar = self._predictions(both, v)
-        slope, slope_scalar = self._slope(predicted, target), self._slope(predicted_scalar, target_scalar)
-        pre, hidden = both.pre.chunk(2, dim=1)[0], both.hidden.chunk(2, dim=1)[0]
+        slope, slope_scalar, pre, hidden, push = self._gradients(fast, k, v)
         sizes = [slope.shape[1], slope_scalar.shape[2]]
         hidden_vector, hidden_scalar = hidden.split_with_sizes(sizes, dim=2)
-
         rows = slope.flatten(0, 1)
-        back = back_each(rows, fast.w1).view_as(slope).transpose(1, 2)
-        back = torch.cat([back, slope_scalar[..., None] * fast.w1_scalar[:, None]], dim=2)
         chunk = prepare(k, eta, log_alpha)
         meta_w2 = meta_skip = None
         if self.config.decay_target == "init":
             meta_w2, meta_skip = F.linear(k, meta.w2.flatten(0, 1)), F.linear(k, meta.skip)
-        push = gelu_backward(back, pre).flatten(2)
-        errors_w2 = errors(chunk, eta, push, pre.flatten(2), meta_w2)
+        errors_w2 = errors(chunk, eta, push.flatten(2), pre.flatten(2), meta_w2)
         errors_skip = errors(chunk, eta, slope_scalar, k @ fast.skip.mT, meta_skip)
 
         step = eta[..., None].expand(*hidden.shape[:3])

@@ -136,12 +136,23 @@ class LayerState(NamedTuple):
     titans: TitansState | None = None
 
 
+class GateState(NamedTuple):
+    """What a gate remembers of a stream, for each of its G scores: one, or one a layer. Zero wide where not needed."""
+
+    scores: Tensor  # (B, G, W): those of the last W tokens, the latest last; NaN before there were any
+    owed: Tensor  # (B, G): tokens that the budget allows so far, less those that passed
+    mean: Tensor  # (B, G): running sum of the score's signal, decayed
+    square: Tensor  # (B, G): of its square
+    chain: Tensor  # (B,) int64: hash of all tokens so far
+
+
 class State(NamedTuple):
     """State of a batch of streams that stand at the same position."""
 
     layers: tuple[LayerState, ...]
     pending: Tensor  # (B, n) int64: tokens read but not yet written, 0 <= n <= tick
     position: int  # tokens written so far, the same for every row
+    gate: GateState | None = None  # None for a threshold, which remembers nothing
 
 
 def on_host(x: Tensor) -> bool:

@@ -186,6 +186,12 @@ class Titans(nn.Module):
                 self.hook_assoc(0.5 * (_answer(k, w2, w1) - v).square().sum(-1))
         return out, made, seen
 
+    def surprise(self, made: Made) -> Tensor:
+        """|dL_t/dM| of each token (B, C), over both matrices, at the fast weights that the tick read."""
+        hidden, slope, back = _gradients(made)
+        of_w1 = slope.square().sum(-1) * hidden.square().sum(-1)
+        return (of_w1 + back.square().sum(-1) * made.k.square().sum(-1)).sqrt()
+
     def write(self, state: TitansState, made: Made, gate: Tensor, donated: bool = False) -> TitansState:
         """Write a tick, which is a chunk: the state after it.
 
@@ -200,11 +206,7 @@ class Titans(nn.Module):
         if on_host(gate) and not bool(gate.any()):
             return moved  # every gate closed: exactly nothing, momentum stays as it is
         sums = momentum_chunk(gate, made.eta, made.momentum, made.alpha)
-        pre = made.k @ made.w2.mT
-        hidden = F.gelu(pre)
-        slope = made.k + hidden @ made.w1.mT - made.v  # dL/dM(k)
-        back = gelu_backward(slope @ made.w1, pre)
-
+        hidden, slope, back = _gradients(made)
         parts = (
             (state.w2, state.s2, made.w2, self.memory.w2, back, made.k),
             (state.w1, state.s1, made.w1, self.memory.w1, slope, hidden),
@@ -238,6 +240,14 @@ def _written(
     # In place, as both are ours by now.
     new.baddbmm_((sums.weight[..., None] * left).mT, right, alpha=-1)
     return new, momentum.baddbmm_((sums.weight_s[..., None] * left).mT, right, alpha=-1)
+
+
+def _gradients(made: Made) -> tuple[Tensor, Tensor, Tensor]:
+    """Activation, dL/dM(k) and dL/d(W2 k), (B, C, .) each: dL/dW1 and dL/dW2 are their outer products."""
+    pre = made.k @ made.w2.mT
+    hidden = F.gelu(pre)
+    slope = made.k + hidden @ made.w1.mT - made.v
+    return hidden, slope, gelu_backward(slope @ made.w1, pre)
 
 
 def _answer(x: Tensor, w2: Tensor, w1: Tensor) -> Tensor:
