@@ -15,6 +15,7 @@ from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.probes import PROBES
 from hopeprobe.results import Results
+from hopeprobe.subject import GateRule
 
 FORMATS = ("table", "json", "csv")
 
@@ -29,6 +30,7 @@ def run_analysis(
     split: str,
     carry: str,
     batch: int | None,
+    gate: GateRule | None,
     output_format: str,
     output: Path | None,
     figures: Path | None,
@@ -50,6 +52,7 @@ def run_analysis(
             split=split,
             carry=carry,
             batch=batch,
+            gate=gate,
             progress=report,
         )
     write_results(results, output_format, output)

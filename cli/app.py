@@ -25,6 +25,22 @@ Data = Annotated[
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics.jsonl and run.json.")]
+Gate = Annotated[
+    str | None,
+    typer.Option(
+        "--gate",
+        help="absolute, quantile, zscore, ratio, excess, entropy-gap, assoc, momentum or random.",
+    ),
+]
+Budget = Annotated[
+    float | None, typer.Option("--budget", help="Of the gate: share of the tokens that are written, as 0.25.")
+]
+GateThreshold = Annotated[
+    float | None, typer.Option("--gate-threshold", help="Of the gate's score, in place of a budget.")
+]
+GateWrites = Annotated[
+    str, typer.Option("--gate-writes", help="Whose writes the gate is for: all, selfmod, cms or titans.")
+]
 
 
 def _show_version(wanted: bool) -> None:
@@ -79,11 +95,20 @@ def train(
     truncate_ticks: Annotated[
         int, typer.Option("--truncate-ticks", min=0, help="Cut the outer gradient every N ticks; 0: never.")
     ] = 0,
+    gate: Gate = None,
+    budget: Budget = None,
+    gate_threshold: GateThreshold = None,
+    gate_writes: GateWrites = "all",
+    straight_through: Annotated[
+        bool,
+        typer.Option("--straight-through", help="The outer gradient passes the gate as it would a sigmoid."),
+    ] = False,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1, help="Steps.")] = 200,
     eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps.")] = 100,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
 ) -> None:
     """Train a model: checkpoints, one line of metrics a step, resumable."""
+    from hopeprobe.cli.gates import gate_config
     from hopeprobe.cli.training import run_training
 
     run_training(
@@ -93,6 +118,7 @@ def train(
         data=data,
         use_published=published,
         truncate_ticks=truncate_ticks,
+        gate=gate_config(gate, budget, gate_threshold, gate_writes, straight_through),
         resume=resume,
         steps=steps,
         seed=seed,
@@ -119,6 +145,10 @@ def analyze(
     batch: Annotated[
         int | None, typer.Option("--batch", min=1, help="Windows at once; default by the model's context.")
     ] = None,
+    gate: Gate = None,
+    budget: Budget = None,
+    gate_threshold: GateThreshold = None,
+    gate_writes: GateWrites = "all",
     output_format: Annotated[str, typer.Option("--format", help="table, json or csv.")] = "table",
     output: Annotated[
         Path | None, typer.Option("--output", help="File to write instead of the terminal.")
@@ -127,6 +157,7 @@ def analyze(
 ) -> None:
     """Measure checkpoints with probes; every number has its interval, its nulls and a verdict."""
     from hopeprobe.cli.analysis import run_analysis
+    from hopeprobe.cli.gates import gate_rule
 
     code = run_analysis(
         checkpoints,
@@ -137,6 +168,7 @@ def analyze(
         split=split,
         carry=carry,
         batch=batch,
+        gate=gate_rule(gate, budget, gate_threshold, gate_writes),
         output_format=output_format,
         output=output,
         figures=figures,

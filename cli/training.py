@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from hopeprobe.cli.terminal import Report, console, progress, say
-from hopeprobe.model.config import PRESET_LEARNING_RATE, preset, published
+from hopeprobe.model.config import PRESET_LEARNING_RATE, GateConfig, preset, published
 from hopeprobe.model.train import Progress, Run, TrainConfig, train
 from hopeprobe.tokens import TokenData, TrainWindows, load_tokens
 
@@ -37,6 +37,7 @@ def run_training(
     data: list[str],
     use_published: bool,
     truncate_ticks: int,
+    gate: tuple[GateConfig, float | None],
     resume: bool,
     steps: int,
     seed: int,
@@ -48,7 +49,10 @@ def run_training(
     """Train as the options say; say at the end what there is."""
     config = preset(preset_name, variant)
     config = published(config) if use_published else config
-    config = dataclasses.replace(config, truncate_ticks=truncate_ticks)
+    threshold = config.surprise_threshold if gate[1] is None else gate[1]
+    config = dataclasses.replace(
+        config, truncate_ticks=truncate_ticks, gate=gate[0], surprise_threshold=threshold
+    )
     if learning_rate is None:
         learning_rate = PRESET_LEARNING_RATE.get(preset_name, TrainConfig.learning_rate)
     train_config = TrainConfig(

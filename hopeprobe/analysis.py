@@ -32,10 +32,11 @@ from hopeprobe.opening import Checkpoints, WindowMaker, as_list, check_no_hooks,
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
 from hopeprobe.probes.measure import ESTIMATES, Told, measure, silent
+from hopeprobe.probes.surprise import token_surprisal
 from hopeprobe.probes.workers import blas_threads
 from hopeprobe.results import NullRow, ResultRow, Results
 from hopeprobe.stats import Evidence, Verdict, judge
-from hopeprobe.subject import MissingCapability, Subject
+from hopeprobe.subject import GateRule, MissingCapability, Subject
 from hopeprobe.tokens import EvalWindows, TokenData
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def analyze(
     split: str = "heldout",
     carry: str = "window",
     batch: int | None = None,
+    gate: GateRule | None = None,
     fresh: int = 10,
     fresh_tokens: int = FRESH_TOKENS,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -68,6 +70,7 @@ def analyze(
         split: "heldout", "train" or "all".
         carry: "window" starts afresh at each window of the model's context, "document" at each document.
         batch: windows at a time, None for what suits the context; the results do not depend on it.
+        gate: a gate in place of each checkpoint's own, its nulls then gated by it too; None leaves them theirs.
         fresh: re-initialisations of the fresh-init null, 0 for none; without them nothing is `learned`.
         fresh_tokens: tokens that each of them is measured on, at most.
         cache_dir: where tokens and nulls are kept.
@@ -98,11 +101,12 @@ def analyze(
         subject = open_checkpoint(checkpoint)
         check_no_hooks(subject)
         windows_of.append(made.windows(subject))
+        subject = _gated(subject, gate, windows_of[-1])
     for checkpoint, label, windows in zip(given, labels, windows_of, strict=True):
         # Opened again when there are several: they need not all fit into memory at once.
-        subject = subject if len(given) == 1 else open_checkpoint(checkpoint)
+        subject = subject if len(given) == 1 else _gated(open_checkpoint(checkpoint), gate, windows)
         cache = NullCache.default(cache_dir)
-        run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress)
+        run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress, gate)
         with blas_threads(1):
             run.measure(chosen)
         results.extend(run.rows, run.null_rows)
@@ -113,6 +117,16 @@ def analyze(
     if missing and all(math.isnan(row.value) for row in results.rows):
         raise MeasurementError("nothing could be measured: " + "; ".join(missing))
     return results
+
+
+def _gated(subject: Subject, gate: GateRule | None, windows: EvalWindows) -> Subject:
+    """The subject with another gate. Raises BadInputError where it can have none."""
+    if gate is None:
+        return subject
+    try:
+        return subject.with_gate(gate, token_surprisal(subject, windows))
+    except MissingCapability as error:
+        raise BadInputError(f"--gate: {error}") from None
 
 
 def missing_from(results: Results) -> list[str]:
@@ -131,6 +145,7 @@ class _Run:
     fresh_tokens: int
     cache: NullCache
     progress: Progress | None
+    gate: GateRule | None = None
     missing: list[str] = field(default_factory=list)
     missed: set[str] = field(default_factory=set)
     rows: list[ResultRow] = field(default_factory=list)
@@ -196,6 +211,7 @@ class _Run:
             "seed": subject.seed,
             "identity": digest,
             "own_init": self.own_init,
+            **({"gate": dataclasses.asdict(self.gate)} if self.gate is not None else {}),
             "data": self.windows.data.fingerprint,
             **_describe_windows(self.windows),
             "missing": self.missing,

@@ -8,6 +8,8 @@ alone: the default raises `MissingCapability`, and a probe that needs it answers
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -32,6 +34,21 @@ class WindowLosses(NamedTuple):
     losses: Tensor  # (B, T) nats; 0 where not scored
     scored: Tensor  # (B, T) bool
     state: Any  # the streams' state after the windows
+
+
+@dataclass(frozen=True)
+class GateRule:
+    """A gate in place of a model's own; rules and mechanisms as `Subject.gate_rules` names them.
+
+    rule: what a token is judged by. budget: share of the tokens to write, (0, 1]; threshold: of the score, for rules
+    that take one instead; `absolute` without either keeps the model's own. writes: the mechanism whose writes it is
+    for, the others writing every token, or `all`.
+    """
+
+    rule: str
+    budget: float | None = None
+    threshold: float | None = None
+    writes: str = "all"
 
 
 class Subject:
@@ -141,6 +158,24 @@ class Subject:
         `MissingCapability` for one that the model does not have, or that shares its gate with others.
         """
         raise self._missing("write gates")
+
+    # -- which tokens are written ---------------------------------------------------------------------------------
+
+    def gate_rules(self) -> Mapping[str, Sequence[str]]:
+        """Rules that this model can be gated by, each with the mechanisms that it can be for, `all` among them."""
+        raise self._missing("gate that could follow another rule")
+
+    def gated(self, gate: GateRule, surprisal: Tensor | None = None) -> AbstractContextManager[None]:
+        """While the context lasts, `run` and `step` follow this gate, on the same hook points.
+
+        surprisal: of every token by its frequency, (V,) nats, for the rule `excess`. Raises `BadInputError` for a rule,
+        or a mechanism, that the model does not have.
+        """
+        raise self._missing("gate that could follow another rule")
+
+    def with_gate(self, gate: GateRule, surprisal: Tensor | None = None) -> Subject:
+        """The same checkpoint with this gate as its own, and its initial weights with it too."""
+        raise self._missing("gate that could follow another rule")
 
     # -- where it comes from -------------------------------------------------------------------------------------
 

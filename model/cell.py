@@ -126,6 +126,8 @@ def same_computation(done: dict[str, Any], config: ModelConfig) -> str | None:
         return None
     if not config.writes:
         return "nothing is written in either"
+    if config.gate.rule != "absolute":
+        return "the gate is the same in both"
     if config.threshold == other.threshold:
         return f"the threshold is {config.threshold:g} in both"
     highest, lowest = max(config.threshold, other.threshold), done["surprise_min"]
@@ -224,7 +226,7 @@ def _measured(spec: CellSpec, run: Run, windows: EvalWindows) -> dict[str, Any]:
     return {
         "live": live.loss,
         "frozen": frozen.loss,
-        "gate_rate": live.share_above if spec.model.writes else None,
+        "gate_rate": live.share_written if spec.model.writes else None,
         "surprise_min": min([live.lowest, *trained]) if known else None,
     }
 

@@ -6,7 +6,8 @@ section 3). `reference.py` holds the same mathematics token by token; parity tes
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, cast
 
 import torch
@@ -132,6 +133,21 @@ class HopeModel(Hooked, nn.Module):
                 f"token frequencies must be {tuple(self.unigram.shape)} finite numbers, not {tuple(surprisal.shape)}"
             )
         self.unigram.copy_(surprisal)
+
+    @contextmanager
+    def gated(self, config: ModelConfig, surprisal: Tensor | None = None) -> Iterator[None]:
+        """Follow the gate of another configuration, the same but for that, while the context lasts."""
+        before = self.config, self.gate, self.unigram
+        self.config, self.gate = config, Gate(config.gate, config.threshold, config.layers)
+        self.unigram = None
+        try:
+            if config.gate.rule == "excess":
+                self.unigram = self.embed.new_full((config.vocab_size,), torch.nan)
+                if surprisal is not None:
+                    self.set_frequencies(surprisal)
+            yield
+        finally:
+            self.config, self.gate, self.unigram = before
 
     def _prepared(self) -> _Prepared:
         if self.unigram is not None and not bool(self.unigram[:1].isfinite().all()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -50,24 +50,39 @@ class HeldOut(NamedTuple):
 
     loss: float  # mean cross-entropy, nats a token
     lowest: float  # the lowest of any token
-    share_above: (
-        float  # of tokens, whose loss exceeds the variant's threshold: those that the gate lets through
-    )
+    share_written: float  # of tokens that the gate lets through; NaN where nothing writes
+
+
+def gate_points(model: HopeModel) -> list[str]:
+    """Hook points that show which tokens the gate lets through: of `assoc` one a layer."""
+    if not model.config.writes:
+        return []
+    if model.config.gate.rule != "assoc":
+        return ["hook_gate"]
+    suffixes = (".selfmod.hook_write_gate", ".titans.hook_write_gate")
+    return [name for name in model.hook_dict if name.endswith(suffixes)]
 
 
 @torch.no_grad()
 def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> HeldOut:
     """Score windows, each from a fresh state; `frozen` closes every write gate."""
-    total, lowest, above, count = 0.0, math.inf, 0, 0
-    with model.hooks(fwd_hooks=freeze_hooks(model) if frozen else [], allow_unfired=True):
+    total, lowest, count = 0.0, math.inf, 0
+    points, passed = gate_points(model), list[float]()
+
+    def gather(gate: Tensor, hook: HookPoint) -> None:  # noqa: ARG001 - the signature of a hook
+        passed.append(float(gate.sum()))
+
+    hooks: list[Any] = [(points, gather)] if points else []
+    hooks += freeze_hooks(model) if frozen else []
+    with model.hooks(fwd_hooks=hooks, allow_unfired=True):
         for batch in windows:
             out = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
             losses = out.losses[out.scored]
             total += float(losses.double().sum())
             lowest = min(lowest, float(losses.min()))
-            above += int((losses > model.config.threshold).sum())
             count += len(losses)
-    return HeldOut(total / count, lowest, above / count)
+    share = math.fsum(passed) / (count * len(points)) if points else math.nan
+    return HeldOut(total / count, lowest, share)
 
 
 class Watch:
@@ -86,10 +101,10 @@ class Watch:
             return
 
         def gather(tensor: Tensor, hook: HookPoint) -> None:
-            self.sums["gate" if hook.name == "hook_gate" else "alpha"].append(tensor.detach().mean())
+            self.sums["alpha" if hook.name.endswith("hook_alpha") else "gate"].append(tensor.detach().mean())
 
-        names = [name for name in self.model.hook_dict if name.endswith((".hook_alpha", "hook_gate"))]
-        with self.model.hooks(fwd_hooks=[(names, gather)]):
+        names = [name for name in self.model.hook_dict if name.endswith(".hook_alpha")]
+        with self.model.hooks(fwd_hooks=[([*names, *gate_points(self.model)], gather)]):
             yield
 
     def mean(self, key: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,14 +15,40 @@ from torch import Tensor
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.model.block import Block
 from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_checkpoints
+from hopeprobe.model.config import GATE_RULES, GateConfig, ModelConfig
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.init import digest
+from hopeprobe.model.init import FREQUENCIES, digest
 from hopeprobe.model.measure import close, freeze_hooks, write_gates
 from hopeprobe.model.memories import Memory
 from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.state import Change, MemoryState, State, average_rows, select_rows
 from hopeprobe.model.titans import Titans
-from hopeprobe.subject import MissingCapability, Subject, WindowLosses
+from hopeprobe.subject import GateRule, MissingCapability, Subject, WindowLosses
+
+
+def gated_config(config: ModelConfig, gate: GateRule) -> ModelConfig:
+    """The configuration with another gate; what the rule does not say (decay, history, seed) stays.
+
+    Raises `BadInputError` for a gate that does not fit.
+    """
+    if gate.rule == "absolute":
+        if gate.budget is not None:
+            GateConfig("absolute", gate.budget)  # which says what to take instead
+        tau = config.surprise_threshold if gate.threshold is None else gate.threshold
+        of_gate = dataclasses.replace(
+            config.gate,
+            rule="absolute",
+            budget=None,
+            threshold=None,
+            writes=gate.writes,
+            straight_through=False,
+        )
+        return dataclasses.replace(config, surprise_threshold=tau, gate=of_gate)
+    of_gate = dataclasses.replace(
+        config.gate, rule=gate.rule, budget=gate.budget, threshold=gate.threshold, writes=gate.writes,
+        straight_through=False,
+    )  # fmt: skip
+    return dataclasses.replace(config, gate=of_gate)
 
 
 class HopeSubject(Subject):
@@ -174,13 +201,51 @@ class HopeSubject(Subject):
             raise self._missing(f"write gate for {mechanism!r} alone{near_names(mechanism, gates)}")
         return [(gates[mechanism], close)]
 
+    def gate_rules(self) -> Mapping[str, Sequence[str]]:
+        """Every rule, for all that writes and for each mechanism alone; `assoc` for memories only."""
+        config = self.module.config
+        if not config.writes or config.parts.no_threshold:
+            raise self._missing("gate that could follow another rule")
+        alone = config.mechanisms if len(config.mechanisms) > 1 else ()
+        memories = [name for name in config.mechanisms if name != "cms"]
+        of_assoc = (
+            [*(name for name in memories if alone), *(["all"] if not alone else [])] if memories else []
+        )
+        found = {rule: [*alone, "all"] for rule in GATE_RULES}
+        return {**found, "assoc": of_assoc} if of_assoc else {k: v for k, v in found.items() if k != "assoc"}
+
+    def gated(self, gate: GateRule, surprisal: Tensor | None = None) -> AbstractContextManager[None]:
+        """While the context lasts, follow this gate."""
+        return self.module.gated(gated_config(self.module.config, gate), surprisal)
+
+    def with_gate(self, gate: GateRule, surprisal: Tensor | None = None) -> HopeSubject:
+        """The same weights in a model with this gate."""
+        config = gated_config(self.module.config, gate)
+        model = HopeModel(config, None, self.module.embed.dtype)
+        model.seed = self.seed
+        weights = {k: v for k, v in self.module.state_dict().items() if k != FREQUENCIES}
+        if model.unigram is not None:
+            if surprisal is None:
+                raise BadInputError(
+                    "the gate rule 'excess' needs token frequencies: there is no text to count them in"
+                )
+            weights[FREQUENCIES] = surprisal.to(model.unigram)
+        model.load_state_dict(weights)
+        checkpoint = self.checkpoint
+        if checkpoint is not None:
+            checkpoint = dataclasses.replace(checkpoint, config=config, weights=weights)
+        return HopeSubject(model, checkpoint, self.path)
+
     def identity(self) -> Mapping[str, Any]:
         """The configuration, as far as it changes what is computed."""
         return {"model": "hope", "dtype": self.dtype, "config": self.module.config.to_dict()}
 
     def reinitialised(self, seed: int) -> HopeSubject:
         """The same configuration with fresh weights."""
-        return HopeSubject(HopeModel(self.module.config, seed, self.module.embed.dtype))
+        model = HopeModel(self.module.config, seed, self.module.embed.dtype)
+        if model.unigram is not None and self.module.unigram is not None:
+            model.set_frequencies(self.module.unigram)
+        return HopeSubject(model)
 
     def own_init(self) -> Subject:
         """Step-0 weights: rebuilt from config and seed and checked against the stored digest, else the step-0 file."""
@@ -196,12 +261,20 @@ class HopeSubject(Subject):
                 continue  # a damaged sibling is no reason to fail: it is as good as absent
             if first is not None and first.step == 0:
                 if digest(first.weights.items()) == self.checkpoint.init_digest:
-                    return HopeSubject(first.to_model(), first, path)
+                    found = HopeSubject(first.to_model(), first, path)
+                    same = first.config == self.checkpoint.config
+                    return found if same else self._regated(found)
                 break
         raise MissingCapability(
             f"{self.name}: its initial weights cannot be rebuilt from seed {self.seed} (the digest differs) "
             "and no step-0 checkpoint with the stored digest lies beside it"
         )
+
+    def _regated(self, other: HopeSubject) -> HopeSubject:
+        """Another checkpoint of this run, as it is on disk, with the gate that this one was given."""
+        gate, config = self.module.config.gate, self.module.config
+        threshold = config.surprise_threshold if gate.rule == "absolute" else gate.threshold
+        return other.with_gate(GateRule(gate.rule, gate.budget, threshold, gate.writes), self.module.unigram)
 
     def siblings(self) -> Sequence[Path]:
         """Checkpoints of the same run, by step."""

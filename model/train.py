@@ -33,7 +33,7 @@ from hopeprobe.model.init import digest
 from hopeprobe.model.measure import Watch, held_out, norm_ratio
 from hopeprobe.model.state import detach_state
 from hopeprobe.model.truncation import check_memory, segments
-from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
+from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, Unigram
 
 EARLY_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
 
@@ -282,12 +282,20 @@ def _unseen(data: TokenData, model_config: ModelConfig, config: TrainConfig) -> 
     )
 
 
+def _made(model_config: ModelConfig, config: TrainConfig, data: TokenData) -> HopeModel:
+    model = HopeModel(model_config, config.seed)
+    if model.unigram is not None:
+        unigram = Unigram.fit(data.split_tokens("train"), model_config.vocab_size)
+        model.set_frequencies(torch.from_numpy(unigram.surprisal))
+    return model
+
+
 def _fresh(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
     if run_checkpoints(folder):
         raise BadInputError(
             f"{folder} holds a run already: continue it with --resume, or choose another --out"
         )
-    model = HopeModel(model_config, config.seed)
+    model = _made(model_config, config, data)
     return Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
 
 
@@ -341,7 +349,7 @@ def _restart(model_config: ModelConfig, config: TrainConfig, data: TokenData, fo
     if first is None:
         raise BadInputError(f"{path} is not a checkpoint of a run; choose another --out")
     _check_same(path, first, model_config, config, data)
-    model = HopeModel(model_config, config.seed)
+    model = _made(model_config, config, data)
     run = Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
     if first.init_digest != run.init_digest:
         raise BadInputError(f"{path} began from other initial weights than these; choose another --out")
@@ -349,7 +357,7 @@ def _restart(model_config: ModelConfig, config: TrainConfig, data: TokenData, fo
 
 
 def _difference(checkpoint: Checkpoint, config: ModelConfig) -> str:
-    before, now = checkpoint.config.to_dict(), config.to_dict()
+    before, now = dataclasses.asdict(checkpoint.config), dataclasses.asdict(config)
     return "; ".join(f"{k} was {before[k]!r}, is {now[k]!r}" for k in now if before[k] != now[k])
 
 

@@ -106,6 +106,14 @@ def train_unigram(subject: Subject, windows: EvalWindows) -> Unigram | None:
     return _fitted(windows.data, subject.vocab_size)
 
 
+def token_surprisal(subject: Subject, windows: EvalWindows) -> Tensor | None:
+    """-ln p (V,) of every token by its frequency in the training split, float64; None where that is empty."""
+    import torch
+
+    unigram = train_unigram(subject, windows)
+    return None if unigram is None else torch.from_numpy(unigram.surprisal)
+
+
 def unigram_note(windows: EvalWindows) -> str:
     """Say what is wrong with the unigram model that `train_unigram` gives for these windows; "" for nothing."""
     if not windows.data.n_tokens("train"):
