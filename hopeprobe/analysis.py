@@ -25,6 +25,7 @@ from hopeprobe.nulls import (
     Nulls,
     fresh_init_values,
     fresh_seeds,
+    most_fresh_tokens,
     own_init_estimates,
     plain_values,
 )
@@ -269,15 +270,24 @@ class _Run:
     def _fresh(
         self, probes: Sequence[Probe], found: Mapping[str, Sequence[Measurement]]
     ) -> tuple[Nulls, list[Nulls]]:
-        """Evaluate the checkpoint and the fresh re-initialisations on the same few tokens."""
-        prefix = Nulls()
-        if not (self.fresh and probes):
-            return prefix, []
-        windows = self.windows
-        if windows.n_tokens <= self.fresh_tokens:
-            prefix.values = {name: {row.key: row.estimate.plug_in for row in found[name]} for name in found}
+        """Evaluate the checkpoint and the fresh re-initialisations on the same few tokens, as many as a probe wants."""
+        prefix, fresh = Nulls(), [Nulls() for _ in range(self.fresh)]
+        limits = {probe.name: most_fresh_tokens(probe, self.fresh_tokens) for probe in probes}
+        for limit in sorted(set(limits.values()), reverse=True) if self.fresh else ():
+            here, there = self._fresh_on(limit, [p for p in probes if limits[p.name] == limit], found)
+            prefix.add(here)
+            for one, other in zip(fresh, there, strict=True):
+                one.add(other)
+        return prefix, fresh
+
+    def _fresh_on(
+        self, tokens: int, probes: Sequence[Probe], found: Mapping[str, Sequence[Measurement]]
+    ) -> tuple[Nulls, list[Nulls]]:
+        prefix, windows = Nulls(), self.windows
+        if windows.n_tokens <= tokens:
+            prefix.values = {p.name: {r.key: r.estimate.plug_in for r in found[p.name]} for p in probes}
         else:
-            windows = windows.take(self.fresh_tokens)
+            windows = windows.take(tokens)
             told = self._told(f"first {windows.n_tokens} tokens, ")
             prefix = plain_values(self.subject, windows, probes, self.cache, told)
         fresh = []
@@ -287,7 +297,7 @@ class _Run:
                 fresh.append(fresh_init_values(self.subject, seed, windows, probes, self.cache, told))
             except MissingCapability as error:
                 prefix.failed |= {probe.name: {"": str(error)} for probe in probes}
-                return prefix, []
+                return prefix, [Nulls() for _ in range(self.fresh)]
         return prefix, fresh
 
     def _judge(self, probe: Probe, findings: Iterable[Finding]) -> None:

@@ -112,6 +112,16 @@ class Nulls:
         reasons = self.failed.get(probe, {})
         return reasons.get(condition, next(iter(reasons.values()), None))
 
+    def add(self, other: Nulls) -> None:
+        """Take over what another has of other probes."""
+        self.values |= other.values
+        self.failed |= other.failed
+
+
+def most_fresh_tokens(probe: Probe, asked: int) -> int:
+    """Tokens that a fresh re-initialisation is measured on at most: what was asked, or what the probe can bear."""
+    return asked if probe.fresh_tokens is None else min(asked, probe.fresh_tokens)
+
 
 @dataclass(frozen=True)
 class Beside:
@@ -136,7 +146,7 @@ class Beside:
         notes: list[str] = []
         nulls: list[NullValue] = []
         difference, comparable = self._own(probe.name, row, notes, nulls)
-        fresh = self._fresh(probe.name, row.key, notes, nulls)
+        fresh = self._fresh(probe, row.key, notes, nulls)
         nulls += [*row.nulls, *probe.reference_nulls(row.place, self.subject, self.windows)]
         notes += [null.note for null in nulls if null.note]
         # A null that failed has rejected nothing: the other must not decide alone. (NaN is n/a all the same.)
@@ -159,9 +169,10 @@ class Beside:
             notes.append(f"not comparable with own-init: {error}")
             return None, False
 
-    def _fresh(self, name: str, row: RowKey, notes: list[str], nulls: list[NullValue]) -> FreshInit | None:
+    def _fresh(self, probe: Probe, row: RowKey, notes: list[str], nulls: list[NullValue]) -> FreshInit | None:
         if not self.asked:
             return None
+        name, limit = probe.name, most_fresh_tokens(probe, self.fresh_tokens)
         values = [one.values.get(name, {}).get(row, math.nan) for one in self.fresh]
         here = self.prefix.values.get(name, {}).get(row, math.nan)
         if not (values and all(map(math.isfinite, (*values, here)))):
@@ -172,8 +183,8 @@ class Beside:
         null = FreshInit(tuple(values), here)
         half = float(stdtrit(null.df, 0.975)) * null.prediction_se
         nulls.append(NullValue("fresh-init", null.mean, null.mean - half, null.mean + half, len(values)))
-        if self.windows.n_tokens > self.fresh_tokens:
-            notes.append(f"fresh-init on the first {self.fresh_tokens} tokens, where this is {here:.4g}")
+        if self.windows.n_tokens > limit:
+            notes.append(f"fresh-init on the first {limit} tokens, where this is {here:.4g}")
         return null
 
 

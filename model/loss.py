@@ -75,8 +75,8 @@ def score(
         expected = (table.mT @ weights).mT / norm[:, None]
         grads[rows] = torch.where(scored[:, None], expected - table[index], 0.0)
         if entropy is not None:
-            # p log p = w (log w - log sum w) / sum w, and w log w is 0 where w is.
-            entropy.append(norm.log() - torch.special.xlogy(weights, weights).sum(0) / norm)
+            # -sum_v p_v (E_v h - log Z) = log Z - h sum_v p_v E_v: the mean embedding is there already.
+            entropy.append(norm.log() + top - (hidden[rows] * expected).sum(-1))
         if kept is not None:
             kept.append((weights, norm))
     return losses, grads

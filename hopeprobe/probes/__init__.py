@@ -19,6 +19,9 @@ adaptation      which mechanism's writes help?
 meta_fast       how far do fast weights move from meta weights, by writing or by decay, and what does it change?
 surprise        how surprising is the text to the model, token by token?
 gate_selectivity  does the surprise gate select, and which tokens does it keep?
+relative_surprise  does any rule choose the tokens worth writing, better than chance?
+gated           a model under another gate, and losses at equal write budgets
+write_utility   what a write is worth, and which rules know
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from .gate_selectivity import GateSelectivity
 from .integrity import Integrity
 from .learning_signal import LearningSignal
 from .meta_fast import MetaFast
+from .relative_surprise import RelativeSurprise
 from .selfmod_drift import SelfModDrift
 from .surprise import Surprise
 
@@ -50,6 +54,7 @@ PROBES: dict[str, Probe] = {
         LearningSignal(),
         Surprise(),
         GateSelectivity(),
+        RelativeSurprise(),
     )
 }
 """Every probe, by name, in the order in which reports show them."""

@@ -253,6 +253,8 @@ class Probe(ABC):
         version: part of the key under which nulls are cached, beside the code that Python can find; raise it
             when the numbers change for another reason.
         statistics: names of what it measures; each is one row, `n/a`, where the model has nothing of it.
+        partial: whether contrasts are made of the conditions that the model and the text allow; else of all or none.
+        fresh_tokens: most tokens that a fresh re-initialisation is measured on, where a pass is dear.
 
     """
 
@@ -260,6 +262,8 @@ class Probe(ABC):
     question: ClassVar[str]
     version: ClassVar[int] = 1
     statistics: ClassVar[tuple[str, ...]]
+    partial: ClassVar[bool] = False
+    fresh_tokens: ClassVar[int | None] = None
 
     def describe(self) -> str:
         """Definition, range, nulls, cost and source: the docstring of the probe's file."""

@@ -175,7 +175,7 @@ def _contrast(
         condition, reason = next(iter(rows.failed[name].items()))
         rows.failed[name][CONTRASTS] = f"{condition} was not measured: {reason}"
         return
-    if rows.lacking[name]:
+    if rows.lacking[name] and not probe.partial:
         return  # said for the condition
     try:
         quantities = [check_paired(quantity) for quantity in probe.contrasts(accumulators)]
