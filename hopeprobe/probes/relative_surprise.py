@@ -65,7 +65,7 @@ from .gated import (
     write_gates,
 )
 from .surprise import train_unigram, unigram_note
-from .write_utility import CORRELATION, ORACLE, OVERLAP, of_sample
+from .write_utility import CORRELATION, ORACLE, of_sample
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -167,13 +167,10 @@ class RelativeSurprise(Probe):
 
     def reference_nulls(self, place: Place, subject: Subject, windows: EvalWindows) -> tuple[NullValue, ...]:  # noqa: ARG002
         """A gate at random differs from itself by nothing, and keeps tokens like those it drops."""
-        nothing = place.statistic in (*COMPARED, *DIFFERENCES, CORRELATION)
-        if nothing:
-            note = unigram_note(windows) if place.component == "excess" else ""
-            return (NullValue("random-gate", 0.0, note=note),)
-        if place.statistic == OVERLAP:
-            return (NullValue("random-gate", float(place.position)),)
-        return ()
+        if place.statistic not in (DIFFERENCE, AREA, *DIFFERENCES):
+            return ()
+        note = unigram_note(windows) if place.component == "excess" else ""
+        return (NullValue("random-gate", 0.0, note=note),)
 
     def review(self, subject: Subject, findings: Sequence[Finding]) -> list[Finding]:
         """Test every difference against random, and leave to the rule only what beats it."""

@@ -31,7 +31,7 @@ from hopeprobe.stats import as_float64
 from hopeprobe.stats.arrays import as_bool
 from hopeprobe.subject import GateRule
 
-from .base import Finding, Measurement, Place, value_without_tokens
+from .base import Finding, Measurement, NullValue, Place, value_without_tokens
 from .effects import EFFECT
 from .gated import RANDOM, Cell, Prepared, gate_of, prepare, write_gates
 from .sample import Kind, Reading, findings, sampled
@@ -129,7 +129,9 @@ def _unpacked(finding: Finding) -> Finding:
     row = finding.measurement
     writes, _, component = row.place.component.partition(_SEPARATOR)
     row = dataclasses.replace(row, condition=writes, place=row.place._replace(component=component))
-    return dataclasses.replace(finding, measurement=row)
+    chance = float(row.place.position) if row.place.statistic == OVERLAP else 0.0
+    nulls = (*finding.nulls, NullValue("random-gate", chance))
+    return dataclasses.replace(finding, measurement=row, nulls=nulls)
 
 
 _readers: dict[
