@@ -82,8 +82,12 @@ class Block(nn.Module):
         state: LayerState,
         position: int,
         outer: bool = True,
+        late: bool = False,
     ) -> tuple[Tensor, ToWrite, LayerState]:
-        """Read a tick; the state returned differs only in what reading itself moves (attention's cache)."""
+        """Read a tick; the state returned differs only in what reading itself moves (attention's cache).
+
+        `late` leaves to a write that skips what closed gates will not need.
+        """
         x = self.hook_pre(x)
         normed = x if self.norm is None else self.norm(x)
         generated, titans, taps = None, None, list[Tap]()
@@ -92,7 +96,7 @@ class Block(nn.Module):
                 raise BadInputError(
                     "the state was made by another variant: it has no self-modifying memories"
                 )
-            mixed, generated = self.selfmod.read(normed, weights, state.selfmod, outer)
+            mixed, generated = self.selfmod.read(normed, weights, state.selfmod, outer, late)
         elif self.titans is not None:
             if state.titans is None:
                 raise BadInputError("the state was made by another variant: it has no Titans memory")

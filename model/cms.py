@@ -114,10 +114,12 @@ class Level(nn.Module):
         grad_delta: Tensor,
         end: int,
         donated: bool = False,
+        skips: bool = False,
     ) -> LevelState:
         """Accumulate a tick's gated gradients; apply them when the position `end` completes a period.
 
-        `donated` says that nobody needs `state` any more: it may be overwritten.
+        `donated` says that nobody needs `state` any more: it may be overwritten; `skips` that no outer gradient will be
+        taken: then only tokens that a gradient reached are applied, those before an open token and itself.
         """
         fresh = (grad_pre, tap.input, grad_delta, tap.hidden)
         held = (state.grad_hidden, state.input, state.grad_delta, state.hidden)
@@ -130,8 +132,12 @@ class Level(nn.Module):
             # Every gate closed over the whole period: exactly nothing is written, and no write is shown.
             return LevelState(state.change_in, state.change_out, *(f[:, :0] for f in factors))
         step = -self.spec.learning_rate / self.spec.period
-        change_in = state.change_in.plus(step * factors[0], factors[1], donated)
-        change_out = state.change_out.plus(step * factors[2], factors[3], donated)
+        live = None
+        if skips:
+            reached = (factors[0] != 0).any(-1) | (factors[2] != 0).any(-1)
+            live = None if bool(reached.all()) else reached
+        change_in = state.change_in.plus(step * factors[0], factors[1], donated, live)
+        change_out = state.change_out.plus(step * factors[2], factors[3], donated, live)
         change_in = _shown(self.hook_fast_in, self.w_in.detach(), change_in)
         change_out = _shown(self.hook_fast_out, self.w_out.detach(), change_out)
         return LevelState(change_in, change_out, *(f[:, :0] for f in factors))

@@ -6,7 +6,7 @@ section 3). `reference.py` holds the same mathematics token by token; parity tes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, cast
 
@@ -21,7 +21,7 @@ from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import Decision, Gate
 from hopeprobe.model.init import initialise
 from hopeprobe.model.inner import inner_gradients
-from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, score
+from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, gradients, score
 from hopeprobe.model.memories import Weights
 from hopeprobe.model.scores import Seen
 from hopeprobe.model.state import LayerState, State, detach_state, map_state, on_host
@@ -41,7 +41,7 @@ class _Tick(NamedTuple):
 
     final: Tensor  # (B, C, d): what the head reads
     losses: Tensor  # (B, C), outside the graph
-    grads: Tensor  # (B, C, d): dCE_t/d final_t, outside the graph
+    grads: Tensor  # (B, C, d): dCE_t/d final_t, outside the graph; (0, d) where none is asked for
 
 
 class _Gates(NamedTuple):
@@ -196,6 +196,7 @@ class HopeModel(Hooked, nn.Module):
         """
         config = self.config
         outer = torch.is_grad_enabled()
+        skips = not outer and on_host(x)  # what closed gates make nothing of
         n = x.shape[1]
         writing = config.writes and n == config.tick
         inner = writing and config.parts.levels  # CMS writes take a gradient of their own
@@ -209,14 +210,31 @@ class HopeModel(Hooked, nn.Module):
         with reading:
             x = self.hook_embed(x)
             made, layers = [], []
+            late = skips and self.gate.config.rule != "assoc"
             for i in range(config.layers):
-                x, left, layer = self._block(i).read(x, prepared[i], state.layers[i], state.position, outer)
+                x, left, layer = self._block(i).read(
+                    x, prepared[i], state.layers[i], state.position, outer, late
+                )
                 made.append(left)
                 layers.append(layer)
             final = self.norm(x)
         entropy: list[Tensor] | None = [] if self.gate.config.rule == "entropy-gap" else None
-        flat, grads = score(final.detach().flatten(0, 1), self.embed, targets.flatten(), kept, entropy)
-        losses, grads = flat.view_as(targets), grads.view_as(final)
+        few = (
+            skips
+            and entropy is None
+            and not (inner and targets.numel() * self.config.vocab_size > KEPT_ELEMENTS)
+        )
+        kept = [] if few and inner else kept
+        flat, grads = score(
+            final.detach().flatten(0, 1), self.embed, targets.flatten(), kept, entropy, gradient=not few
+        )
+        losses, grads = flat.view_as(targets), grads if few else grads.view_as(final)
+
+        def slopes(wanted: Tensor) -> Tensor:
+            if not few:
+                return grads
+            return gradients(self.embed, targets.flatten(), kept or [], wanted.flatten()).view_as(final)
+
         losses = self.hook_surprise(losses)
         remembered = state.gate
         if config.writes:
@@ -225,7 +243,7 @@ class HopeModel(Hooked, nn.Module):
             gates = self._gates(decided, targets)
             if writing:
                 layers = self._write(
-                    prepared, state, made, final, grads, gates, layers, donated and not outer
+                    prepared, state, made, final, slopes, gates, layers, donated and not outer, skips
                 )
         if not outer:
             layers, final = list(detach_state(tuple(layers))), final.detach()
@@ -279,17 +297,23 @@ class HopeModel(Hooked, nn.Module):
         state: State,
         made: list[ToWrite],
         final: Tensor,
-        grads: Tensor,
+        slopes: Callable[[Tensor], Tensor],
         gates: _Gates,
         layers: list[LayerState],
         donated: bool,
+        skips: bool,
     ) -> list[LayerState]:
-        """All writes of a tick; they change nothing that this tick still reads."""
+        """All writes of a tick; they change nothing that this tick still reads.
+
+        `slopes` gives dCE_t/d final_t (B, C, d), of the tokens (B, C) that it is asked for at least.
+        """
         through = torch.is_grad_enabled() and self.config.write_grad == "through"
         end = state.position + gates.levels.shape[1]
         levels = [self._block(i).written_levels() for i in range(len(layers))]
         of_levels = [[level.hook_write_gate(gates.levels) for level in of_block] for of_block in levels]
-        inner = inner_gradients(final, grads, [m.taps for m in made], of_levels)
+        distinct = {id(gate): gate for of_block in of_levels for gate in of_block}
+        wanted = torch.stack([gate != 0 for gate in distinct.values()] or [gates.levels != 0]).any(0)
+        inner = inner_gradients(final, slopes(wanted), [m.taps for m in made], of_levels)
         out = []
         for i, layer in enumerate(layers):
             selfmod, weights, generated = self._block(i).selfmod, prepared[i], made[i].generated
@@ -300,18 +324,18 @@ class HopeModel(Hooked, nn.Module):
                 and generated is not None
             ):
                 with torch.set_grad_enabled(through):
-                    fast = selfmod.write(weights, layer.selfmod, generated, gates.memories[i], donated)
+                    fast = selfmod.write(weights, layer.selfmod, generated, gates.memories[i], donated, skips)
                 layer = layer._replace(selfmod=fast)
             titans, left = self._block(i).titans, made[i].titans
             if titans is not None and layer.titans is not None and left is not None:
                 with torch.set_grad_enabled(through):
                     layer = layer._replace(
-                        titans=titans.write(layer.titans, left, gates.memories[i], donated)
+                        titans=titans.write(layer.titans, left, gates.memories[i], donated, skips)
                     )
             if levels[i]:
                 with torch.no_grad():
                     cms = tuple(
-                        level.write(held, tap, *inner[i][tap.level], end, donated)
+                        level.write(held, tap, *inner[i][tap.level], end, donated, skips)
                         for level, held, tap in zip(levels[i], layer.cms, made[i].taps, strict=True)
                     )
                 layer = layer._replace(cms=cms)

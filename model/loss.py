@@ -49,6 +49,7 @@ def score(
     target: Tensor,
     kept: list[Kept] | None = None,
     entropy: list[Tensor] | None = None,
+    gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy in nats, and its gradient with respect to each token's own hidden vector.
 
@@ -60,26 +61,47 @@ def score(
         target: (N,) int64; `NO_TARGET` gives loss 0 and gradient 0.
         kept: takes what `differentiable` needs to know the probabilities.
         entropy: takes -sum_v p_v log p_v of each prediction, nats, in parts of rows.
+        gradient: False leaves it out; `gradients` takes it from what was kept.
 
     Returns:
-        (N,) losses and (N, d) gradients, both outside any graph.
+        (N,) losses and (N, d) gradients, or (0, d), both outside any graph.
     """
     losses = hidden.new_empty(hidden.shape[0])
-    grads = torch.empty_like(hidden)
+    grads = torch.empty_like(hidden if gradient else hidden[:0])
     for rows in _blocks(hidden.shape[0], table.shape[0]):
         scored = target[rows] >= 0
         index = target[rows].clamp_min(0)
         weights, norm, top = _exponentials(hidden[rows], table)
         picked = (hidden[rows] * table[index]).sum(-1)
         losses[rows] = torch.where(scored, norm.log() + top - picked, 0.0)
-        expected = (table.mT @ weights).mT / norm[:, None]
-        grads[rows] = torch.where(scored[:, None], expected - table[index], 0.0)
-        if entropy is not None:
-            # -sum_v p_v (E_v h - log Z) = log Z - h sum_v p_v E_v: the mean embedding is there already.
-            entropy.append(norm.log() + top - (hidden[rows] * expected).sum(-1))
+        if gradient or entropy is not None:
+            expected = (table.mT @ weights).mT / norm[:, None]
+            if gradient:
+                grads[rows] = torch.where(scored[:, None], expected - table[index], 0.0)
+            if entropy is not None:
+                # -sum_v p_v (E_v h - log Z) = log Z - h sum_v p_v E_v: from the mean embedding.
+                entropy.append(norm.log() + top - (hidden[rows] * expected).sum(-1))
         if kept is not None:
             kept.append((weights, norm))
     return losses, grads
+
+
+@torch.no_grad()
+def gradients(table: Tensor, target: Tensor, kept: list[Kept], wanted: Tensor) -> Tensor:
+    """The gradients (N, d) of `score` for the tokens `wanted` (N,) alone, from what it kept; 0 for all others."""
+    grads = table.new_zeros(len(target), table.shape[1])
+    start = 0
+    for weights, norm in kept:
+        rows = slice(start, start + len(norm))
+        start = rows.stop
+        few = (wanted[rows] & (target[rows] >= 0)).nonzero()[:, 0]
+        if not len(few):
+            continue
+        # Of a few rows the second product is the faster one.
+        every = len(few) == len(norm)
+        expected = (table.mT @ weights).mT if every else weights.index_select(1, few).mT @ table
+        grads[rows].index_copy_(0, few, expected / norm[few, None] - table[target[rows][few]])
+    return grads
 
 
 class _Losses(torch.autograd.Function):

@@ -72,6 +72,9 @@ class Generated(NamedTuple):
     alpha: Tensor  # (B, C), range (0, 1): retention
     tail: Tensor  # (B, width - 1, d): the convolution's next tail
     fast: tuple[Weights, ...]  # of each group, (B, ...)
+    late: Tensor | None = (
+        None  # (B, C, d): what the write generates k, v, eta and alpha from, where `read` did not
+    )
 
 
 def answer(x: Tensor, w2: Tensor, w1: Tensor, i: int) -> Tensor:

@@ -30,6 +30,7 @@ from hopeprobe.model.memories import (
     read_group,
     repeated,
 )
+from hopeprobe.model.skip import packed, runs
 from hopeprobe.model.state import MemoryState, Pending, SelfModState, on_host
 from hopeprobe.model.thin import back_each, decay_and_write, times
 from hopeprobe.model.write import errors, gelu_backward, prepare
@@ -143,11 +144,17 @@ class SelfMod(nn.Module):
         return SelfModState(groups, tuple(None for _ in groups), tail)
 
     def read(
-        self, x: Tensor, weights: tuple[Weights, ...], state: SelfModState, outer: bool = True
+        self,
+        x: Tensor,
+        weights: tuple[Weights, ...],
+        state: SelfModState,
+        outer: bool = True,
+        late: bool = False,
     ) -> tuple[Tensor, Generated]:
         """Read a tick (B, n, d): the layer's output (B, n, d), and what its memories generate for the write.
 
-        `outer` False says that no outer gradient will be taken: what only serves the write then stays out of the graph.
+        `outer` False says that no outer gradient will be taken: what only serves the write then stays out of the graph,
+        and `late` leaves it to the write, where nobody watches it.
         """
         outer = outer and torch.is_grad_enabled()
         window = torch.cat([state.conv_tail, x], dim=1)
@@ -166,10 +173,32 @@ class SelfMod(nn.Module):
         if not self.written:
             nothing = x[:, :0]
             return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast)
+        if late and not outer and not self._watched():
+            nothing = x[:, :0]
+            return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast, u)
         with torch.set_grad_enabled(outer):
             made = Generated(*self._generate(u, generators), tail=tail, fast=fast)
             self._observe_losses(made)
         return out, made
+
+    def _watched(self) -> bool:
+        points = (self.hook_k, self.hook_v, self.hook_eta, self.hook_alpha, *self.hook_assoc.values())
+        return any(point.active for point in points)
+
+    def _generated(self, made: Generated, gate: Tensor) -> Generated:
+        """What `read` left to the write, for rows with an open gate (B, C); 0 for others."""
+        u, generators = made.late, made.fast[0]
+        if u is None:
+            return made
+        parts = runs((gate != 0).any(1), generators.w2[0].numel())
+        if parts == [slice(0, len(u))]:
+            return Generated(*self._generate(u, generators), tail=made.tail, fast=made.fast)
+        k, v, eta, alpha = (torch.zeros_like(t) for t in (u, u, gate, gate))
+        for part in parts:
+            some = self._generate(u[part], Weights(*(w[part] for w in generators)))
+            for whole, found in zip((k, v, eta, alpha), some, strict=True):
+                whole[part] = found
+        return Generated(k, v, eta, alpha, made.tail, made.fast)
 
     def _generate(self, u: Tensor, w: Weights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, eta and alpha, the last four of a group of w.w1.shape[1] + 2."""
@@ -256,6 +285,7 @@ class SelfMod(nn.Module):
         made: Generated,
         gate: Tensor,
         donated: bool = False,
+        skips: bool = False,
     ) -> SelfModState:
         """Write a tick's tokens into every group whose chunk is complete; keep the others pending.
 
@@ -265,10 +295,12 @@ class SelfMod(nn.Module):
             made: by `read`.
             gate: (B, C), range [0, 1]; 0 is an exact no-op for that token.
             donated: nobody needs `state` any more, and no graph does: it may be overwritten.
+            skips: no outer gradient will be taken: what closed gates make nothing of is left out.
         """
         if not self.written:
             return state._replace(conv_tail=made.tail)
         gate = self.hook_write_gate(gate)
+        made = self._generated(made, gate)
         eta = gate * made.eta
         retention = 1.0 - gate * (1.0 - made.alpha)
         fresh = Pending(made.k, made.v, eta, retention.clamp_min(torch.finfo(eta.dtype).tiny).log())
@@ -291,7 +323,8 @@ class SelfMod(nn.Module):
                 groups.append(group)  # every gate closed: exactly nothing, and no work
                 pending.append(None)
                 continue
-            written = self._write_rows(weights[i], made.fast[i], tokens, donated)
+            write = self._write_open if skips else self._write_rows
+            written = write(weights[i], made.fast[i], tokens, donated)
             groups.append(self._fire_fast(self.group_names[i], written))
             pending.append(None)
         return SelfModState(tuple(groups), tuple(pending), made.tail)
@@ -325,6 +358,18 @@ class SelfMod(nn.Module):
             of_scalars = (slope_scalar.square() * (hidden2[..., n_vector:] + k2[..., None])).sum(-1)
             total = total + of_vectors + of_scalars + push2 * k2
         return total.sqrt()
+
+    def _write_open(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
+        """Open tokens alone, in place in the rows that have any."""
+        live = (tokens.eta != 0) | (tokens.log_alpha != 0)
+        if bool(live.all()):
+            return self._write_rows(meta, fast, tokens, donated)
+        now = fast if donated else Weights(*(w.clone() for w in fast))
+        for part in runs(live.any(1), now.w2[0].numel()):
+            some = Pending(*packed(live[part], *(t[part] for t in tokens)))
+            after = self._write_rows(meta, Weights(*(w[part] for w in now)), some, donated=True)
+            now.w1_scalar[part], now.skip[part] = after.w1_scalar, after.skip
+        return MemoryState(*now)
 
     def _write_rows(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         """In place a few rows after another: a long chunk's intermediates, and its weights, then stay in the cache."""

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from hopeprobe.model.skip import packed, runs
 
 _S = TypeVar("_S")
 
@@ -71,13 +74,22 @@ class Change(NamedTuple):
         product = (x @ self.right.mT) @ self.left
         return product if y is None else y + product
 
-    def plus(self, left: Tensor, right: Tensor, donated: bool) -> Change:
-        """This change and left^T right; `donated` says that a dense part may be overwritten."""
+    def plus(self, left: Tensor, right: Tensor, donated: bool, live: Tensor | None = None) -> Change:
+        """This change and left^T right; `donated` says that it may be overwritten, `live` which tokens (B, n) count.
+
+        Without the others a row may have fewer tokens than another: the next ones then take the place of the zeros that
+        fill it up.
+        """
         rows, columns = left.shape[2], right.shape[2]
         if self.dense.shape[1]:
+            if live is not None:
+                return self._replace(dense=_added(self.dense, left, right, live, donated))
             add = torch.Tensor.baddbmm_ if donated else torch.baddbmm
             return self._replace(dense=add(self.dense, left.mT, right))
-        left, right = torch.cat([self.left, left], 1), torch.cat([self.right, right], 1)
+        if live is None:
+            left, right = torch.cat([self.left, left], 1), torch.cat([self.right, right], 1)
+        else:
+            left, right = _appended(self.left, self.right, left, right, live, donated)
         if left.shape[1] * (rows + columns) > rows * columns:
             return self.of(left.mT @ right)
         return self._replace(left=left, right=right)
@@ -87,6 +99,33 @@ class Change(NamedTuple):
         """A change (B, out, in) given in full."""
         batch, rows, columns = matrix.shape
         return cls(matrix, matrix.new_zeros(batch, 0, rows), matrix.new_zeros(batch, 0, columns))
+
+
+def _added(dense: Tensor, left: Tensor, right: Tensor, live: Tensor, donated: bool) -> Tensor:
+    """The sum of `dense` and left^T right, in rows with a live token alone."""
+    dense = dense if donated else dense.clone()
+    for part in runs(live.any(1), dense[0].numel()):
+        some = packed(live[part], left[part], right[part])
+        dense[part].baddbmm_(some[0].mT, some[1])
+    return dense
+
+
+def _appended(
+    held_left: Tensor, held_right: Tensor, left: Tensor, right: Tensor, live: Tensor, donated: bool
+) -> tuple[Tensor, Tensor]:
+    """Factors with the live tokens of each row after the last one that it holds, then zeros."""
+    n = held_left.shape[1]
+    number = torch.arange(1, n + 1, device=left.device)
+    used = (number * (held_left != 0).any(-1)).amax(1) if n else number.new_zeros(len(left))
+    place = used[:, None] + live.cumsum(1) - 1
+    more = int((used + live.sum(1)).max()) - n
+    row, token = live.nonzero(as_tuple=True)
+    found = []
+    for held, fresh in ((held_left, left), (held_right, right)):
+        into = F.pad(held, (0, 0, 0, more)) if more > 0 else held if donated else held.clone()
+        into[row, place[row, token]] = fresh[row, token]
+        found.append(into)
+    return found[0], found[1]
 
 
 class LevelState(NamedTuple):

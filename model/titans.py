@@ -28,6 +28,7 @@ from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.memories import Memory, convolved, l2norm, reattached
+from hopeprobe.model.skip import packed, runs
 from hopeprobe.model.state import AttentionState, TitansState, on_host
 from hopeprobe.model.write import gelu_backward
 
@@ -192,7 +193,9 @@ class Titans(nn.Module):
         of_w1 = slope.square().sum(-1) * hidden.square().sum(-1)
         return (of_w1 + back.square().sum(-1) * made.k.square().sum(-1)).sqrt()
 
-    def write(self, state: TitansState, made: Made, gate: Tensor, donated: bool = False) -> TitansState:
+    def write(
+        self, state: TitansState, made: Made, gate: Tensor, donated: bool = False, skips: bool = False
+    ) -> TitansState:
         """Write a tick, which is a chunk: the state after it.
 
         Args:
@@ -200,23 +203,41 @@ class Titans(nn.Module):
             made: by `read`.
             gate: (B, C); 0 drops a token exactly.
             donated: nobody needs `state` any more, and no graph does: it is overwritten.
+            skips: no outer gradient will be taken: what closed gates make nothing of is left out.
         """
         gate = self.hook_write_gate(gate)
         moved = state._replace(conv_tail=made.tail)
         if on_host(gate) and not bool(gate.any()):
             return moved  # every gate closed: exactly nothing, momentum stays as it is
+        held = (state.w2, state.w1, state.s2, state.s1)
+        live = gate != 0
+        if not skips or bool(live.all()):
+            now = self._write(made, *held, gate, donated)
+        else:  # open tokens alone, in place in the rows that have any
+            now = held if donated else tuple(t.clone() for t in held)  # type: ignore[assignment]
+            for part in runs(live.any(1), 4 * made.w2[0].numel()):
+                of_tokens = (made.k, made.v, made.eta, made.momentum, made.alpha, gate)
+                *some, opened = packed(live[part], *(t[part] for t in of_tokens))
+                fast = [t[part] for t in now]
+                self._write(Made(*some, made.tail[part], *fast[:2]), *fast, opened, donated=True)
+        w2, w1, s2, s1 = now
+        return moved._replace(w2=_shown(self.hook_w2, w2), w1=_shown(self.hook_w1, w1), s2=s2, s1=s1)
+
+    def _write(
+        self, made: Made, w2: Tensor, w1: Tensor, s2: Tensor, s1: Tensor, gate: Tensor, donated: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = momentum_chunk(gate, made.eta, made.momentum, made.alpha)
         hidden, slope, back = _gradients(made)
         parts = (
-            (state.w2, state.s2, made.w2, self.memory.w2, back, made.k),
-            (state.w1, state.s1, made.w1, self.memory.w1, slope, hidden),
+            (w2, s2, made.w2, self.memory.w2, back, made.k),
+            (w1, s1, made.w1, self.memory.w1, slope, hidden),
         )
         (w2, s2), (w1, s1) = (
             _written(sums, now if donated else read, held, meta if self.config.decay_target == "init" else None,
                      left, right, donated)
             for now, held, read, meta, left, right in parts
         )  # fmt: skip
-        return moved._replace(w2=_shown(self.hook_w2, w2), w1=_shown(self.hook_w1, w1), s2=s2, s1=s1)
+        return w2, w1, s2, s1
 
 
 def _written(

@@ -217,10 +217,16 @@ def test_a_state_given_by_the_caller_is_never_overwritten(toy, tokens):
 
 
 def test_evaluation_without_gradients_gives_the_same_numbers(model, tokens):
-    """Without an outer gradient states are written in place; the losses must not notice."""
+    """Without an outer gradient states are written in place; the losses must not notice.
+
+    Closed tokens are left out of sums then, so that a selective gate moves the last bits.
+    """
     with torch.no_grad():
         quiet = model(tokens).losses
-    assert torch.equal(quiet, model(tokens).losses.detach())
+    expected = model(tokens).losses.detach()
+    if model.config.surprise_threshold < 1.0:
+        assert torch.equal(quiet, expected)
+    torch.testing.assert_close(quiet, expected, rtol=0, atol=1e-12)
 
 
 def test_a_window_keeps_one_state_not_one_a_tick(toy, tokens, monkeypatch):
