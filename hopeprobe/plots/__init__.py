@@ -2,6 +2,7 @@
 
 loss           the loss curve of a training run
 similarity     the levels of the CMS, layer by layer
+gates          loss against write budget, a line a rule
 rows           any probe: every value with its interval beside its nulls, coloured by verdict
 marks          what a value, a verdict and a null look like there
 canvas         a blank figure, and how it becomes a PNG
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.files import write_atomically
 
+from .gates import draw_budgets
 from .loss import plot_loss_curve
 from .rows import draw_rows
 from .similarity import draw_similarity
@@ -36,7 +38,7 @@ Draw: TypeAlias = (
 )
 """From rows of one probe and checkpoint, all nulls by the keys of rows, and a title; None for nothing to draw."""
 
-FIGURES: dict[str, Draw] = {"cms-similarity": draw_similarity}
+FIGURES: dict[str, Draw] = {"cms-similarity": draw_similarity, "relative-surprise": draw_budgets}
 """Figures made for one probe, by its name."""
 
 
@@ -108,6 +110,7 @@ __all__ = [
     "Figures",
     "draw",
     "draw_all",
+    "draw_budgets",
     "draw_rows",
     "draw_similarity",
     "plot_loss_curve",

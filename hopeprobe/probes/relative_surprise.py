@@ -25,7 +25,7 @@ rule of `hopeprobe.stats.verdict`: better than random, and by more than in untra
 loss nothing depends on what is written: `no-signal`.
 
 Cost: as many passes as there are cells, 104 for a model with two mechanisms; as many for its initial weights, and on
-2,048 tokens for fresh ones. Memory: some numbers for each cell and group. Source: "Dissecting HOPE", section 6, which
+1,024 tokens for fresh ones. Memory: some numbers for each cell and group. Source: "Dissecting HOPE", section 6, which
 asks for a relative surprise and measures none.
 """
 
@@ -99,7 +99,7 @@ class RelativeSurprise(Probe):
     question: ClassVar[str] = "Does any rule choose the tokens worth writing, better than chance?"
     statistics: ClassVar[tuple[str, ...]] = (DIFFERENCE, AREA, ORACLE, CORRELATION)
     partial: ClassVar[bool] = True
-    fresh_tokens: ClassVar[int | None] = 2048
+    fresh_tokens: ClassVar[int | None] = 1024
 
     def __init__(
         self, budgets: Sequence[float] = BUDGETS, rules: Sequence[str] | None = None, sample: bool = True
