@@ -24,7 +24,8 @@ def draw_budgets(
 ) -> Canvas | None:
     """Draw, for each mechanism whose writes are gated, losses above and their differences to `random` below.
 
-    The band above is as wide on either side of `random` as the 95 % intervals of the differences are on average.
+    The band above is as wide on either side of `random` as the 95 % intervals of the differences at that budget are on
+    average.
     None where no rule was measured.
     """
     differences = [r for r in rows if r.statistic == "loss_difference" and not math.isnan(r.value)]
@@ -55,7 +56,7 @@ def draw_budgets(
             handles.values(),
             handles.keys(),
             loc="outside lower center",
-            ncols=min(6, len(handles)),
+            ncols=min(1 + 2 * len(mechanisms), len(handles)),
             frameon=False,
         )
         return figure
@@ -79,11 +80,10 @@ def _draw_losses(
         for rule in (_RANDOM, *rules)
     }
     full = [(1.0, value) for value in ends.values()]
-    half = [(r.ci_high - r.ci_low) / 2 for r in differences if not math.isnan(r.ci_low)]
     x, y = zip(*curves[_RANDOM], *full, strict=True)
-    if half:
-        wide = sum(half) / len(half)
-        low, high = [v - wide for v in y], [v + wide for v in y]
+    wide = [*_half_widths(differences), *(0.0 for _ in full)]
+    if len(wide) == len(x):
+        low, high = ([v + sign * w for v, w in zip(y, wide, strict=True)] for sign in (-1, 1))
         axes.fill_between(
             x, low, high, color="0.85", linewidth=0, label="not told from random, 95 %", zorder=1
         )
@@ -95,6 +95,15 @@ def _draw_losses(
     for value in nothing:
         axes.axhline(value, color="0.35", linestyle=":", linewidth=1.2, label="nothing written")
     _budget_axis(axes, differences)
+
+
+def _half_widths(differences: Sequence[ResultRow]) -> list[float]:
+    """Half of the mean width of the intervals at each budget, by rising budget; none where there are no intervals."""
+    wide: dict[float, list[float]] = {}
+    for row in differences:
+        wide.setdefault(float(row.position), []).append((row.ci_high - row.ci_low) / 2)
+    means = [sum(found) / len(found) for _, found in sorted(wide.items())]
+    return means if all(map(math.isfinite, means)) else []
 
 
 def _draw_differences(axes: Any, rows: Sequence[ResultRow], rules: Sequence[str]) -> None:
