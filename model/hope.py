@@ -210,7 +210,8 @@ class HopeModel(Hooked, nn.Module):
         with reading:
             x = self.hook_embed(x)
             made, layers = [], []
-            late = skips and self.gate.config.rule != "assoc"
+            # Where all is open anyway, as it is without a budget, memories are better asked while in the cache.
+            late = skips and self.gate.config.budget is not None and self.gate.config.rule != "assoc"
             for i in range(config.layers):
                 x, left, layer = self._block(i).read(
                     x, prepared[i], state.layers[i], state.position, outer, late

@@ -20,15 +20,19 @@ def layer(config: ModelConfig) -> float:
     return float((read + write + towards_meta) * config.dim**2)
 
 
-def streaming(config: ModelConfig) -> float:
+def streaming(config: ModelConfig, share: float = 1.0) -> float:
     """A model that reads and writes, without an outer gradient; what a CMS level was written counts as a full matrix.
 
     A level: forward, backward to its input, each through its meta weights and through what was written, and the outer
-    products. The head: logits, and their gradient with respect to what it reads.
+    products. The head: logits, and their gradient with respect to what it reads. `share` of the tokens are written; of
+    others only the forward of q, `memory` and levels, and the logits, must be.
     """
     d, h = config.dim, config.dim * config.cms_multiplier
+    read_levels = len(config.levels) * 2 * 4 * d * h
+    read_layer = ((4 if config.query == "memory" else 2) + 4) * d**2
+    must = config.layers * (read_layer + read_levels) + 2 * d * config.vocab_size
     cms = len(config.levels) * (2 * 4 + 2 * 4 + 4) * d * h
-    return config.layers * (layer(config) + cms) + 4 * d * config.vocab_size
+    return must + share * (config.layers * (layer(config) + cms) + 4 * d * config.vocab_size - must)
 
 
 def training(config: ModelConfig) -> float:

@@ -3,10 +3,12 @@
     layer        a self-modifying layer against nested-learning's, and against the matrix rate
     titans       a Titans memory against titans-pytorch's
     models       streaming and training of `small` against nested-learning's, and of HOPE against a Transformer
+    gates        streaming with gates at a budget against every token written; needs no peer
     probes       idle hook points, one probe and all of them against a bare pass; workers; long streams
     commands     import, --help, demo
 
-Run with `make bench`, in an environment that has the peers. Every number is a median over `--turns`; ratios are taken
+Run with `make bench`, in an environment that has the peers; `.venv/bin/python tests/benchmarks/run.py gates` does
+without. Every number is a median over `--turns`; ratios are taken
 within a turn. `--json FILE` keeps all times.
 """
 
@@ -29,12 +31,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("layer", "titans", "models", "probes", "commands")
+PARTS = ("layer", "titans", "models", "gates", "probes", "commands")
+PEERS = ("nested-learning", "titans-pytorch")
 
 
 def measure(part: str, turns: int, environment: Path, demo: bool) -> list[clock.Row]:
     """All rows of one part."""
     import commands
+    import gates
     import layer
     import models
     import probes
@@ -46,6 +50,8 @@ def measure(part: str, turns: int, environment: Path, demo: bool) -> list[clock.
         return titans.rows(turns)
     if part == "models":
         return models.rows("small", max(1, turns // 2)) + models.transformer("small", max(1, turns // 2))
+    if part == "gates":
+        return gates.rows("small", max(1, turns // 2))
     if part == "probes":
         cheap = max(1, turns // 2)
         return (
@@ -107,6 +113,8 @@ def main() -> None:
         found = measure(part, options.turns, options.environment, not options.no_demo)
         rows += found
         console.print(table(found, part))
+    present = {d.metadata["Name"] for d in metadata.distributions()}
+    installed = {name: metadata.version(name) for name in PEERS if name in present}
     machine = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -116,7 +124,7 @@ def main() -> None:
         / min(clock.once(clock.matrix_rate()) for _ in range(3))
         / 1e9,
         "copy rate, GB/s": clock.copy_rate() / 1e9,
-        **{name: metadata.version(name) for name in ("nested-learning", "titans-pytorch")},
+        **installed,
     }
     console.print(
         ", ".join(f"{k} {v:.0f}" if isinstance(v, float) else f"{k} {v}" for k, v in machine.items())

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hopeprobe.hooks import HookRegistry
-from hopeprobe.model.config import ModelConfig, preset, published
+from hopeprobe.model.config import GateConfig, ModelConfig, preset, published
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.titans import Titans
@@ -85,6 +85,18 @@ def test_a_model_that_streams(flops):
     following = torch.zeros(2, dtype=torch.int64)
     assert counted(lambda: model.step(state, tokens, following)) == pytest.approx(
         flops.streaming(config) * tokens.numel(), rel=0.1
+    )
+
+
+def test_a_model_that_streams_with_its_gates_closed(flops):
+    config = dataclasses.replace(preset("tiny"), vocab_size=997, gate=GateConfig("quantile", budget=0.1))
+    _, _, state, tokens = long_written(8)
+    model = HopeModel(config)
+    state = state._replace(gate=model.init_state(2).gate)
+    model.add_hook("hook_gate", lambda gate, _: torch.zeros_like(gate))
+    following = torch.zeros(2, dtype=torch.int64)
+    assert counted(lambda: model.step(state, tokens, following)) == pytest.approx(
+        flops.streaming(config, share=0.0) * tokens.numel(), rel=0.1
     )
 
 

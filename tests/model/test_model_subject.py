@@ -83,10 +83,11 @@ def test_a_run_of_windows(subject):
     assert not out.losses.requires_grad
     assert not out.losses[~out.scored].any()
     with torch.no_grad():
-        assert torch.equal(out.losses[0], subject.module(TOKENS).losses[0])
-        assert torch.equal(
-            out.state.layers[0].cms[0].w_in[0], subject.module(TOKENS).state.layers[0].cms[0].w_in[0]
-        )
+        whole = subject.module(TOKENS)
+    # Rows that have ended are left out of products, which moves the last bits of others.
+    torch.testing.assert_close(out.losses[0], whole.losses[0], rtol=0, atol=1e-5)
+    ended, full = (each.layers[0].cms[0].w_in[0] for each in (out.state, whole.state))
+    torch.testing.assert_close(ended, full, rtol=0, atol=1e-6)
 
 
 def test_a_step(subject):
