@@ -157,8 +157,21 @@ class _Run:
         """Fill `rows`, `null_rows` and `missing`."""
         initial = self._initial()
         fitting = [probe for probe in probes if self._applies(probe)]
-        findings = self._of_tokens(fitting, initial)
-        for probe in fitting:
+        limits = {probe.name: self._limit(probe) for probe in fitting}
+        for limit in dict.fromkeys(limits.values()):
+            windows = self.windows if limit == self.windows.n_tokens else self.windows.take(limit)
+            part = dataclasses.replace(self, windows=windows)  # rows and what is missing go to the same lists
+            part.measure_together([probe for probe in fitting if limits[probe.name] == limit], initial)
+        self._say_untrained()
+
+    def _limit(self, probe: Probe) -> int:
+        most = probe.most_tokens(self.subject)
+        return self.windows.n_tokens if most is None else min(most, self.windows.n_tokens)
+
+    def measure_together(self, probes: Sequence[Probe], initial: Subject | None) -> None:
+        """Measure probes that apply on the same tokens."""
+        findings = self._of_tokens(probes, initial)
+        for probe in probes:
             found = findings[probe.name]
             try:
                 more = probe.of_model(self.subject, initial, self.windows)
@@ -177,7 +190,6 @@ class _Run:
                 self._miss(probe.name, "", str(error))
             if probe.name not in self.missed and not any(row.probe == probe.name for row in self.rows):
                 self._miss(probe.name, "", "it gave no row, so it measured nothing")
-        self._say_untrained()
 
     def _say_untrained(self) -> None:
         """Call `untrained` what the rule left open, or took for learned, where another row says so of the weights.

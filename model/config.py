@@ -110,6 +110,8 @@ class GateConfig:
         _check_positive(history=self.history, temperature=self.temperature)
         if not 0 < self.decay < 1:
             raise BadInputError(f"the gate's decay is {self.decay!r}, must lie between 0 and 1")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise BadInputError(f"the gate's threshold is {self.threshold!r}, must be finite")
         if self.budget is not None and not 0 < self.budget <= 1:
             raise BadInputError(f"the gate's budget is {self.budget!r}, must be above 0 and at most 1")
         self._check_criterion()
@@ -242,6 +244,12 @@ class ModelConfig:
         memories = [name for name in self.mechanisms if name != "cms"]
         if writes != "all" and writes not in self.mechanisms:
             raise BadInputError(f"variant {self.variant!r} has no writes of {writes!r} to gate")
+        carried = self.write_grad == "through" and memories and writes != "cms"
+        if self.gate.straight_through and not carried:
+            raise BadInputError(
+                "a straight-through gradient reaches a gate through the writes of memories that the outer gradient "
+                "passes, and there are none"
+            )
         if rule == "assoc" and (not memories or writes == "cms"):
             raise BadInputError(
                 "the rule 'assoc' gates memories by their own loss: there must be some that are written"

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hopeprobe.errors import BadInputError
 from hopeprobe.model.config import GATE_RULES, GateConfig
 from hopeprobe.model.scores import Scored, Seen, hash_start, hash_tick, scored, uniform
 from hopeprobe.model.state import GateState
@@ -73,7 +74,10 @@ class Gate:
         surprise: `seen.surprise` in the outer graph, for a straight-through gradient.
         """
         held = self._blank(seen.surprise) if state is None else state
-        known = (seen.targets >= 0)[:, None].to(seen.surprise.dtype)
+        if (state is not None) != self.remembers or held.owed.shape[1] != self.width:
+            raise BadInputError("the state was made under another gate: begin with init_state()")
+        # A loss that is not a number is no token to write, whatever the rule, and no part of any budget.
+        known = ((seen.targets >= 0) & ~seen.surprise.isnan())[:, None].to(seen.surprise.dtype)
         chains, chain = hash_tick(held.chain, seen.targets)
         if self.config.rule == "random":
             nothing = seen.surprise.new_zeros(())
@@ -84,9 +88,7 @@ class Gate:
         if self.threshold is not None:
             gate = (made.score > self.threshold).to(made.score.dtype) * known
         else:
-            gate, after = _budgeted(
-                self.config, made.score, _chance(chains, _RANK_SALT, seen), after, known, position
-            )
+            gate, after = _budgeted(self.config, made.score, _chance(chains, _RANK_SALT, seen), after, known)
         if self.config.straight_through and surprise is not None:
             cut = (
                 _quantile(held.scores, 1.0 - (self.config.budget or 0.0))
@@ -94,7 +96,8 @@ class Gate:
                 else self.threshold
             )
             moving = made.score + made.slope * (surprise - surprise.detach())[:, None]
-            soft = torch.sigmoid((moving - cut) / self.config.temperature) * known
+            moving = torch.where(known > 0, (moving - cut) / self.config.temperature, 0.0)
+            soft = torch.sigmoid(moving) * known
             gate = gate + (soft - soft.detach())
         return Decision(gate, made.score, None if state is None else after)
 
@@ -118,15 +121,13 @@ class Gate:
 
 
 def _budgeted(
-    config: GateConfig, score: Tensor, chance: Tensor, state: GateState, known: Tensor, position: int
+    config: GateConfig, score: Tensor, chance: Tensor, state: GateState, known: Tensor
 ) -> tuple[Tensor, GateState]:
     """Gate (B, G, n) by a budget, and the state with what is owed after it and the scores that come to the past."""
     budget, width, n = config.budget or 0.0, state.scores.shape[2], score.shape[2]
     line = torch.cat([state.scores, score], 2)
     past, mine = line.unfold(2, width, 1)[:, :, :n], score[..., None]  # (B, G, n, W): the W before each
-    lower, equal = (past < mine).sum(-1), (past == mine).sum(-1)
-    count = torch.arange(position, position + n, device=score.device).clamp_max(width)
-    # What cannot be compared counts as higher: a loss that is not a number is not written.
+    count, lower, equal = ((past == past).sum(-1), (past < mine).sum(-1), (past == mine).sum(-1))
     rank = (count - lower - equal + chance * (1 + equal)) / (count + 1)
     owed, gates = state.owed, []
     for j in range(n):

@@ -66,19 +66,21 @@ def scored(rule: str, decay: float, seen: Seen, mean: Tensor, square: Tensor, po
         return Scored(s, one, mean, square)
     n = s.shape[2]
     fade, mix = _decays(decay, n, s.dtype, s.device)
-    means = mean[..., None] * fade + s @ mix  # (B, G, n + 1): before each token, and after the last
+    finite = torch.where(s.isfinite(), s, 0.0)  # one that is not would be everywhere at once
+    means = mean[..., None] * fade + finite @ mix  # (B, G, n + 1): before each token, and after the last
     steps = torch.arange(position, position + n + 1, dtype=s.dtype, device=s.device)
     weight = 1.0 - decay**steps
     if rule == "momentum":
         return Scored(means[..., 1:] / weight[1:], (1.0 - decay) / weight[1:], means[..., -1], square)
-    known, before = steps[:-1] > 0, weight[:-1].clamp_min(_TINY)
+    known = steps[:-1] > 0
+    before = torch.where(known, weight[:-1], 1.0)
     m = means[..., :-1] / before
     if rule == "ratio":
         slope = torch.where(known, 1.0 / m.clamp_min(_TINY), 0.0)
         return Scored(torch.where(known, s * slope, 1.0), slope, means[..., -1], square)
     if rule != "zscore":
         raise ValueError(f"the tick does not show what {rule!r} needs")
-    squares = square[..., None] * fade + s.square() @ mix
+    squares = square[..., None] * fade + finite.square() @ mix
     deviation = (squares[..., :-1] / before - m.square()).clamp_min(0.0).sqrt()
     slope = torch.where(known, 1.0 / (deviation + _FLOOR), 0.0)
     return Scored(slope * (s - m), slope, means[..., -1], squares[..., -1])

@@ -319,8 +319,10 @@ class SelfMod(nn.Module):
                 groups.append(group)
                 pending.append(tokens)
                 continue
-            if on_host(gate) and not bool(tokens.eta.any()) and not bool(tokens.log_alpha.any()):
-                groups.append(group)  # every gate closed: exactly nothing, and no work
+            asked = gate.requires_grad  # closed or not, by a straight-through gradient
+            closed = on_host(gate) and not asked and not tokens.eta.any() and not tokens.log_alpha.any()
+            if closed:
+                groups.append(group)  # exactly nothing, and no work
                 pending.append(None)
                 continue
             write = self._write_open if skips else self._write_rows

@@ -207,7 +207,7 @@ class Titans(nn.Module):
         """
         gate = self.hook_write_gate(gate)
         moved = state._replace(conv_tail=made.tail)
-        if on_host(gate) and not bool(gate.any()):
+        if on_host(gate) and not gate.requires_grad and not bool(gate.any()):
             return moved  # every gate closed: exactly nothing, momentum stays as it is
         held = (state.w2, state.w1, state.s2, state.s1)
         live = gate != 0

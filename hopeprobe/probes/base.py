@@ -277,6 +277,10 @@ class Probe(ABC):
         """Passes that it needs, of a model to which it applies; none for a probe of weights alone."""
         return (LIVE,)
 
+    def most_tokens(self, subject: Subject) -> int | None:  # noqa: ARG002
+        """How many tokens it is measured on at most, the first ones, where it takes many passes; None for all."""
+        return None
+
     def hooks(self, subject: Subject) -> Sequence[str]:  # noqa: ARG002
         """Names of the hook points that `Accumulator.update` reads, whole."""
         return ()

@@ -25,8 +25,9 @@ rule of `hopeprobe.stats.verdict`: better than random, and by more than in untra
 loss nothing depends on what is written: `no-signal`.
 
 Cost: as many passes as there are cells, 104 for a model with two mechanisms; as many for its initial weights, and on
-1,024 tokens for fresh ones. Memory: some numbers for each cell and group. Source: "Dissecting HOPE", section 6, which
-asks for a relative surprise and measures none.
+1,024 tokens for fresh ones. So of more than 8,192 tokens the first are taken that fill a window for each group of
+documents; `RelativeSurprise(all_tokens=True)` takes all. Memory: some numbers for each cell and group. Source:
+"Dissecting HOPE", section 6, which asks for a relative surprise and measures none.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from scipy.special import stdtrit
 
 from hopeprobe.conditions import LIVE, Condition
 from hopeprobe.errors import BadInputError
-from hopeprobe.stats import Verdict
+from hopeprobe.stats import GROUPS, Verdict
 from hopeprobe.stats.jackknife import p_value
 from hopeprobe.stats.verdict import FALSE_DISCOVERY_RATE, POWER, benjamini_hochberg
 
@@ -80,7 +81,7 @@ DIFFERENCE, AREA = "loss_difference", "area_difference"
 COMPARED = (DIFFERENCE, AREA, ORACLE)
 BEATS, LOSES, NOT_TOLD = "beats random", "loses to random", "not told from random"
 
-_SPAN = "5-100 %"
+MOST_TOKENS = 8192
 
 
 class RelativeSurprise(Probe):
@@ -90,6 +91,7 @@ class RelativeSurprise(Probe):
         budgets: shares of tokens to write, falling, under 1.
         rules: beside `random`; None for all that the model has.
         sample: whether utility, oracle and overlap are measured too.
+        all_tokens: whether all tokens are used, however many.
 
     Raises:
         BadInputError: budgets that do not fall from under 1.
@@ -102,14 +104,18 @@ class RelativeSurprise(Probe):
     fresh_tokens: ClassVar[int | None] = 1024
 
     def __init__(
-        self, budgets: Sequence[float] = BUDGETS, rules: Sequence[str] | None = None, sample: bool = True
+        self,
+        budgets: Sequence[float] = BUDGETS,
+        rules: Sequence[str] | None = None,
+        sample: bool = True,
+        all_tokens: bool = False,
     ) -> None:
         ends = [1.0, *budgets, 0.0]
         if not budgets or any(not high > low for high, low in itertools.pairwise(ends)):
             raise BadInputError(f"budgets are {tuple(budgets)}, must fall, from under 1 and to above 0")
         self.budgets = tuple(budgets)
         self.rules = None if rules is None else tuple(rules)
-        self.sample = sample
+        self.sample, self.all_tokens = sample, all_tokens
 
     def applies(self, subject: Subject) -> str | None:
         """None, or that nothing is written. Raises MissingCapability for a gate that follows no other rule."""
@@ -117,6 +123,10 @@ class RelativeSurprise(Probe):
             return "this model never writes"
         subject.gate_rules()
         return None
+
+    def most_tokens(self, subject: Subject) -> int | None:
+        """As many as asked for, or what fills a window for each group of documents, at least 8,192."""
+        return None if self.all_tokens else max(MOST_TOKENS, GROUPS * subject.context)
 
     def conditions(self, subject: Subject) -> list[Condition]:
         """The model as it is, every cell, and what no budget is: nothing written."""
@@ -158,7 +168,8 @@ class RelativeSurprise(Probe):
                 if rule in (RANDOM, EVERYTHING, "nothing") or len(found) < len(self.budgets):
                     continue
                 rows += [_less_random(one.cell.place(DIFFERENCE), [1.0], [one], curve) for one in found]
-                rows.append(_less_random(Place(AREA, component=rule), weights, found, curve))
+                area = Place(AREA, component=rule, position=f"{self.budgets[-1]:.3g}-1")
+                rows.append(_less_random(area, weights, found, curve))
         return rows
 
     def of_model(self, subject: Subject, initial: Subject | None, windows: EvalWindows) -> Sequence[Finding]:
@@ -195,7 +206,6 @@ def _less_random(
 ) -> Quantity:
     function = functools.partial(less_random, tuple(weights), len(mine))
     sources = functools.partial(all_of, tuple(one.moments["loss"] for one in (*mine, *curve)))
-    place = place._replace(position=place.position or _SPAN)
     return Quantity(place, "nats", function, sources, smallest_effect=EFFECT, condition=mine[0].cell.writes)
 
 

@@ -186,6 +186,85 @@ def test_train_then_resume(call, text, tmp_path):
     assert "learning_rate was 0.003, is 0.5" in changed.err
 
 
+def test_a_gate_is_trained_with_kept_and_replaced(call, text, tmp_path):
+    out = tmp_path / "run"
+    gate = ["--gate", "excess", "--budget", "0.25"]
+    done = call("train", "--preset", "nano", "--data", text, "--steps", "2", "--out", out, *gate)
+    assert done.code == 0, done.err
+    written = json.loads((out / "run.json").read_text())["model"]["gate"]
+    assert (written["rule"], written["budget"]) == ("excess", 0.25)
+    rates = [json.loads(line)["gate_rate"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.2 < rate < 0.3 for rate in rates)
+    ckpt = out / "step-000002.pt"
+    asked = [
+        "analyze",
+        ckpt,
+        "--probe",
+        "gate-selectivity",
+        "--data",
+        text,
+        "--tokens",
+        "512",
+        "--format",
+        "json",
+    ]
+
+    def rate(*options):
+        done = call(*asked, *options)
+        assert done.code == 0, done.err
+        document = json.loads(done.out)
+        rows = [r for r in document["results"] if (r["statistic"], r["component"]) == ("pass_rate", "in use")]
+        return rows[0]["value"], document["checkpoint"]
+
+    own, described = rate()
+    assert 0.2 < own < 0.3
+    assert "gate" not in described
+    other, described = rate("--gate", "quantile", "--budget", "0.5")
+    assert 0.45 < other < 0.55
+    assert described["gate"] == {"rule": "quantile", "budget": 0.5, "threshold": None, "writes": "all"}
+    assert rate("--gate", "absolute", "--gate-threshold", "100")[0] == 0.0
+    resumed = call("train", "--preset", "nano", "--data", text, "--steps", "3", "--out", out, "--resume")
+    assert resumed.code == 2
+    assert "another model configuration" in resumed.err
+    assert (
+        call(
+            "train", "--preset", "nano", "--data", text, "--steps", "3", "--out", out, "--resume", *gate
+        ).code
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--gate", "quantil", "--budget", "0.1"], "did you mean 'quantile'"),
+        (["--gate", "quantile"], "needs a budget"),
+        (
+            ["--gate", "zscore", "--budget", "0.1", "--gate-threshold", "1"],
+            "a budget or a threshold, one of the two",
+        ),
+        (["--gate", "absolute", "--budget", "0.1"], "'quantile' writes a budget"),
+        (["--gate", "oracle", "--budget", "0.1"], "no model can gate by it"),
+        (["--budget", "0.1"], "--budget is about a gate"),
+        (["--gate-writes", "cms"], "--gate-writes is about a gate"),
+        (["--gate", "random", "--budget", "1.5"], "must be above 0 and at most 1"),
+        (["--gate", "quantile", "--budget", "0.1", "--gate-writes", "titans"], "no writes of 'titans'"),
+    ],
+)
+def test_gates_that_cannot_be(call, trained, text, tmp_path, options, expected):
+    done = call(
+        "train", "--preset", "nano", "--data", text, "--steps", "2", "--out", tmp_path / "run", *options
+    )
+    assert done.code == 2
+    assert expected in done.err
+    assert not (tmp_path / "run").exists()
+    ckpt = trained / "step-000003.pt"
+    done = call("analyze", ckpt, "--probe", "surprise", "--data", text, "--tokens", "512", *options)
+    assert done.code == 2
+    assert expected in done.err
+    assert "Traceback" not in done.err
+
+
 def test_hooks_probes_params(call, trained):
     hooks = call("hooks", trained / "step-000003.pt", "--pattern", "*.cms.fast.*")
     assert (hooks.code, "blocks.0.cms.fast.hook_delta" in hooks.out) == (0, True)

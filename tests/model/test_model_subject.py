@@ -14,7 +14,7 @@ from hopeprobe.model.checkpoint import read, save, step_path
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.train import TrainConfig, train
-from hopeprobe.subject import MissingCapability, Subject
+from hopeprobe.subject import GateRule, MissingCapability, Subject
 from hopeprobe.tokens import TokenData
 
 TOKENS = torch.randint(0, 37, (3, 30), generator=torch.Generator().manual_seed(0))
@@ -331,6 +331,53 @@ def test_freezing_one_mechanism_closes_its_gates_and_no_other(subject, mechanism
         moved = {f"cms.{n}": bool(lv.w_in.any()) for n, lv in zip(("fast", "slow"), layer.cms, strict=True)}
         moved["selfmod"] = any(bool(t.any()) for t in differences(block.selfmod, layer.selfmod)[0])
         assert moved == {name: name not in names for name in ("cms.fast", "cms.slow", "selfmod")}
+
+
+def test_another_gate_while_a_context_lasts(subject):
+    tokens = torch.randint(0, subject.vocab_size, (2, 65), generator=torch.Generator().manual_seed(0))
+    before = subject.run(tokens).losses
+    equation = subject.module.hook_dict["hook_gate"].spec.equation
+    with subject.gated(GateRule("random", 0.1)):
+        inside = subject.run(tokens).losses
+    assert not torch.equal(inside, before)
+    assert torch.equal(subject.run(tokens).losses, before)
+    with pytest.raises(RuntimeError), subject.gated(GateRule("random", 0.1)):
+        raise RuntimeError
+    assert torch.equal(subject.run(tokens).losses, before)
+    other = subject.with_gate(GateRule("random", 0.1))
+    assert torch.equal(other.run(tokens).losses, inside)
+    assert torch.equal(subject.run(tokens).losses, before)
+    assert other.module.hook_dict["hook_gate"].spec.equation != equation
+    assert other.identity() != subject.identity()
+    # Its initial weights are gated so too: a null of another gate would be of another computation.
+    assert other.own_init().module.config.gate.rule == "random"
+    assert other.reinitialised(5).module.config.gate.rule == "random"
+
+
+def test_token_frequencies_go_where_the_gate_goes(subject):
+    surprisal = torch.linspace(1.0, 9.0, subject.vocab_size, dtype=torch.float64)
+    with pytest.raises(BadInputError, match="needs token frequencies"):
+        subject.with_gate(GateRule("excess", 0.2))
+    other = subject.with_gate(GateRule("excess", 0.2), surprisal)
+    for one in (other, other.own_init(), other.reinitialised(3)):
+        assert torch.allclose(one.module.unigram.double(), surprisal, atol=1e-6)
+    assert subject.module.unigram is None
+    again = other.with_gate(GateRule("quantile", 0.2))
+    assert again.module.unigram is None
+
+
+def test_rules_are_offered_for_what_there_is_to_gate():
+    def offered(variant):
+        return HopeSubject(HopeModel(dataclasses.replace(TOY, variant=variant), seed=0)).gate_rules()
+
+    assert offered("full")["zscore"] == ["selfmod", "cms", "all"]
+    assert offered("full")["assoc"] == ["selfmod"]
+    assert offered("no-cms") == {rule: ["all"] for rule in offered("full")}
+    assert "assoc" not in offered("hope-attention")
+    assert offered("titans")["assoc"] == ["all"]
+    for variant in ("transformer", "no-surprise"):
+        with pytest.raises(MissingCapability, match="gate that could follow another rule"):
+            offered(variant)
 
 
 def test_a_mechanism_that_has_no_gate_of_its_own_is_missing(subject):

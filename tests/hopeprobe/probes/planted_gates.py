@@ -126,13 +126,13 @@ class Orphan(Planted):
 def exchangeable(seed):
     """Worth and loss of a token have nothing to do with each other."""
     rng = np.random.default_rng(10_000 + seed)
-    return Orphan(rng.gamma(2.0, 2.0, VOCAB), rng.gamma(0.5, 1.0, VOCAB))
+    return Orphan(1.0 + rng.gamma(2.0, 2.0, VOCAB), rng.gamma(0.5, 1.0, VOCAB))
 
 
 def carriers(seed):
     """All worth is with a tenth of the tokens, and these surprise."""
     rng = np.random.default_rng(20_000 + seed)
-    own = rng.gamma(2.0, 1.0, VOCAB)
+    own = 1.0 + rng.gamma(2.0, 1.0, VOCAB)
     own[:CARRIERS] += 6.0
     worth = np.zeros(VOCAB)
     worth[:CARRIERS] = 1.0

@@ -23,7 +23,8 @@ FEW = RelativeSurprise(budgets=(0.25, 0.1), rules=("quantile", "zscore", "moment
 
 
 def measured(subject, data, probe=FEW, fresh=0, **more):
-    return analyze([subject], probes=[probe], data=data, tokens=None, split="all", fresh=fresh, **more)
+    probes = probe if isinstance(probe, list) else [probe]
+    return analyze([subject], probes=probes, data=data, tokens=None, split="all", fresh=fresh, **more)
 
 
 def rows_of(results, statistic, component=None):
@@ -233,6 +234,19 @@ def test_what_never_writes_has_no_gate(toy_data, tmp_path):
     subject = HopeSubject(HopeModel(config, seed=0))
     results = measured(subject, toy_data, RelativeSurprise(), cache_dir=tmp_path)
     assert {r.verdict for r in results.rows} == {"n/a"}
+
+
+def test_many_tokens_are_not_all_taken_unless_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr("hopeprobe.probes.relative_surprise.MOST_TOKENS", 10 * CONTEXT)
+    monkeypatch.setattr("hopeprobe.probes.relative_surprise.GROUPS", 40)
+    subject, data = exchangeable(9), text(9)
+    probe = RelativeSurprise(budgets=(0.25,), rules=("quantile",), sample=False)
+    results = measured(subject, data, [probe, "surprise"], cache_dir=tmp_path)
+    assert {r.n_tokens for r in rows_of(results, "loss_difference")} == {40 * CONTEXT}
+    assert {r.n_tokens for r in rows_of(results, "mean_loss")} == {72 * CONTEXT}
+    everything = RelativeSurprise(budgets=(0.25,), rules=("quantile",), sample=False, all_tokens=True)
+    results = measured(subject, data, everything, cache_dir=tmp_path)
+    assert {r.n_tokens for r in rows_of(results, "loss_difference")} == {72 * CONTEXT}
 
 
 def test_wrong_settings_are_refused(toy_data, tmp_path):
