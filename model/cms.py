@@ -134,8 +134,10 @@ class Level(nn.Module):
         step = -self.spec.learning_rate / self.spec.period
         live = None
         if skips:
-            reached = (factors[0] != 0).any(-1) | (factors[2] != 0).any(-1)
-            live = None if bool(reached.all()) else reached
+            reached = (factors[2] != 0).any(
+                -1
+            )  # without a gradient to delta there is none to what it is made of
+            live = reached if 2 * int(reached.sum()) <= reached.numel() else None  # of most, all cost less
         change_in = state.change_in.plus(step * factors[0], factors[1], donated, live)
         change_out = state.change_out.plus(step * factors[2], factors[3], donated, live)
         change_in = _shown(self.hook_fast_in, self.w_in.detach(), change_in)

@@ -27,6 +27,9 @@ from hopeprobe.model.scores import Seen
 from hopeprobe.model.state import LayerState, State, detach_state, map_state, on_host
 from hopeprobe.model.thin import sealed
 
+#: Budgets at which what only serves a write is generated when a row is written.
+_RARE = 0.2
+
 
 class Output(NamedTuple):
     """What a window gives."""
@@ -210,8 +213,9 @@ class HopeModel(Hooked, nn.Module):
         with reading:
             x = self.hook_embed(x)
             made, layers = [], []
-            # Where all is open anyway, as it is without a budget, memories are better asked while in the cache.
-            late = skips and self.gate.config.budget is not None and self.gate.config.rule != "assoc"
+            # Where most rows are written anyway, memories are better asked while they are in the cache.
+            rare = (config.gate.budget or 1.0) <= _RARE and config.gate.rule != "assoc"
+            late = skips and rare
             for i in range(config.layers):
                 x, left, layer = self._block(i).read(
                     x, prepared[i], state.layers[i], state.position, outer, late

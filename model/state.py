@@ -17,6 +17,9 @@ from hopeprobe.model.skip import packed, runs
 
 _S = TypeVar("_S")
 
+#: Tokens that factors make room for at a time: else each new one would copy them all.
+_GROWTH = 8
+
 
 class Pending(NamedTuple):
     """Generated quantities of a chunk that is not complete yet, for n tokens."""
@@ -116,9 +119,13 @@ def _appended(
     """Factors with the live tokens of each row after the last one that it holds, then zeros."""
     n = held_left.shape[1]
     number = torch.arange(1, n + 1, device=left.device)
-    used = (number * (held_left != 0).any(-1)).amax(1) if n else number.new_zeros(len(left))
+    narrow = min(
+        held_left, held_right, key=lambda held: held.shape[2]
+    )  # what it lacks is nothing in the product
+    used = (number * (narrow != 0).any(-1)).amax(1) if n else number.new_zeros(len(left))
     place = used[:, None] + live.cumsum(1) - 1
     more = int((used + live.sum(1)).max()) - n
+    more = -(-more // _GROWTH) * _GROWTH
     row, token = live.nonzero(as_tuple=True)
     found = []
     for held, fresh in ((held_left, left), (held_right, right)):
