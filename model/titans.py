@@ -214,12 +214,13 @@ class Titans(nn.Module):
         if not skips or bool(live.all()):
             now = self._write(made, *held, gate, donated)
         else:  # open tokens alone, in place in the rows that have any
-            now = held if donated else tuple(t.clone() for t in held)  # type: ignore[assignment]
+            now = held if donated else (held[0].clone(), held[1].clone(), held[2].clone(), held[3].clone())
             for part in runs(live.any(1), 4 * made.w2[0].numel()):
                 of_tokens = (made.k, made.v, made.eta, made.momentum, made.alpha, gate)
-                *some, opened = packed(live[part], *(t[part] for t in of_tokens))
-                fast = [t[part] for t in now]
-                self._write(Made(*some, made.tail[part], *fast[:2]), *fast, opened, donated=True)
+                k, v, eta, mu, alpha, opened = packed(live[part], *(t[part] for t in of_tokens))
+                w2, w1, s2, s1 = (t[part] for t in now)
+                some = Made(k, v, eta, mu, alpha, made.tail[part], w2, w1)
+                self._write(some, w2, w1, s2, s1, opened, donated=True)
         w2, w1, s2, s1 = now
         return moved._replace(w2=_shown(self.hook_w2, w2), w1=_shown(self.hook_w1, w1), s2=s2, s1=s1)
 

@@ -53,6 +53,7 @@ def test_an_untrained_checkpoint_is_called_so(call, trained, text, tmp_path):
 
 
 @pytest.mark.slow  # every condition of every probe is run on twelve models
+@pytest.mark.timeout(1800)
 def test_no_probe_finds_that_an_untrained_checkpoint_has_learned(call, trained, text, tmp_path):
     rows = check_untrained(call, trained, text, tmp_path / "untrained.json", "--all")
     assert {r["probe"] for r in rows} == set(PROBES)
