@@ -78,28 +78,36 @@ class Gate:
             raise BadInputError("the state was made under another gate: begin with init_state()")
         # A loss that is not a number is no token to write, whatever the rule, and no part of any budget.
         known = ((seen.targets >= 0) & ~seen.surprise.isnan())[:, None].to(seen.surprise.dtype)
-        chains, chain = hash_tick(held.chain, seen.targets)
-        if self.config.rule == "random":
-            nothing = seen.surprise.new_zeros(())
-            made = Scored(_chance(chains, _SCORE_SALT, seen), nothing, held.mean, held.square)
-        else:
-            made = scored(self.config.rule, self.config.decay, seen, held.mean, held.square, position)
-        after = held._replace(mean=made.mean, square=made.square, chain=chain)
         if self.threshold is not None:
+            made = scored(self.config.rule, self.config.decay, seen, held.mean, held.square, position)
+            after = held._replace(mean=made.mean, square=made.square)
             gate = (made.score > self.threshold).to(made.score.dtype) * known
         else:
+            chains, chain = hash_tick(held.chain, seen.targets)
+            made = self._ranked(seen, held, chains, position)
+            after = held._replace(mean=made.mean, square=made.square, chain=chain)
             gate, after = _budgeted(self.config, made.score, _chance(chains, _RANK_SALT, seen), after, known)
         if self.config.straight_through and surprise is not None:
-            cut = (
-                _quantile(held.scores, 1.0 - (self.config.budget or 0.0))
-                if self.threshold is None
-                else self.threshold
-            )
-            moving = made.score + made.slope * (surprise - surprise.detach())[:, None]
-            moving = torch.where(known > 0, (moving - cut) / self.config.temperature, 0.0)
-            soft = torch.sigmoid(moving) * known
-            gate = gate + (soft - soft.detach())
+            gate = self._passed_straight(gate, made, surprise, held, known)
         return Decision(gate, made.score, None if state is None else after)
+
+    def _ranked(self, seen: Seen, held: GateState, chains: Tensor, position: int) -> Scored:
+        if self.config.rule != "random":
+            return scored(self.config.rule, self.config.decay, seen, held.mean, held.square, position)
+        nothing = seen.surprise.new_zeros(())
+        return Scored(_chance(chains, _SCORE_SALT, seen), nothing, held.mean, held.square)
+
+    def _passed_straight(
+        self, gate: Tensor, made: Scored, surprise: Tensor, held: GateState, known: Tensor
+    ) -> Tensor:
+        """The gate, with the gradient of sigmoid((score - cut) / temperature), cut the threshold or the quantile."""
+        cut: Tensor | float | None = self.threshold
+        if cut is None:
+            cut = _quantile(held.scores, 1.0 - (self.config.budget or 0.0))
+        moving = made.score + made.slope * (surprise - surprise.detach())[:, None]
+        moving = torch.where(known > 0, (moving - cut) / self.config.temperature, 0.0)
+        soft = torch.sigmoid(moving) * known
+        return gate + (soft - soft.detach())
 
     def _blank(self, like: Tensor) -> GateState:
         """What a gate that remembers nothing begins every tick with."""
@@ -127,7 +135,7 @@ def _budgeted(
     budget, width, n = config.budget or 0.0, state.scores.shape[2], score.shape[2]
     line = torch.cat([state.scores, score], 2)
     past, mine = line.unfold(2, width, 1)[:, :, :n], score[..., None]  # (B, G, n, W): the W before each
-    count, lower, equal = ((past == past).sum(-1), (past < mine).sum(-1), (past == mine).sum(-1))
+    count, lower, equal = (~past.isnan()).sum(-1), (past < mine).sum(-1), (past == mine).sum(-1)
     rank = (count - lower - equal + chance * (1 + equal)) / (count + 1)
     owed, gates = state.owed, []
     for j in range(n):
