@@ -12,7 +12,7 @@ import torch
 from hopeprobe.errors import BadInputError
 from hopeprobe.model.cell import RECORD, CellSpec, computation, read_record, run_cell, same_computation
 from hopeprobe.model.checkpoint import read, step_path
-from hopeprobe.model.config import CMSLevel, ModelConfig
+from hopeprobe.model.config import CMSLevel, GateConfig, ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
@@ -190,6 +190,26 @@ def test_thresholds_below_every_surprise_are_one_and_others_are_not(full, tmp_pa
     assert below["curve"]["loss"] == record["curve"]["loss"]
     assert above["live"] != record["live"]
     assert not math.isnan(above["live"])
+
+
+def test_runs_under_one_gate_are_one_computation_and_under_two_are_not():
+    def gated(**gate):
+        return dataclasses.replace(MODEL, gate=GateConfig(**gate))
+
+    quantile = gated(rule="quantile", budget=0.25)
+    done = {"status": "done", "model": quantile.to_dict(), "surprise_min": 9.0}
+    assert same_computation(done, quantile) == "the gate is the same in both"
+    # The threshold is nothing to a gate that does not ask for it; the lowest surprise says nothing of a budget.
+    other = dataclasses.replace(quantile, surprise_threshold=1.0)
+    assert same_computation(done, other) == "the gate is the same in both"
+    for one in (
+        MODEL,
+        gated(rule="quantile", budget=0.5),
+        gated(rule="random", budget=0.25),
+        gated(writes="cms"),
+    ):
+        assert same_computation(done, one) is None
+        assert same_computation(done | {"model": one.to_dict()}, quantile) is None
 
 
 def test_variants_of_one_computation_begin_with_the_same_weights():
