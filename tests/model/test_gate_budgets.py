@@ -82,8 +82,8 @@ def misses(gates, budget):
 
 @pytest.mark.parametrize(
     ("budget", "total"),
-    [(0.5, 20_000), (0.25, 20_000), (0.1, 20_000), (0.05, 100_000)]
-    + [pytest.param(b, 100_000, marks=pytest.mark.slow) for b in (0.5, 0.25, 0.1)],
+    [(0.25, 20_000), (0.1, 20_000)]
+    + [pytest.param(b, 100_000, marks=pytest.mark.slow) for b in (0.5, 0.25, 0.1, 0.05)],
 )
 def test_one_stream_meets_its_budget_however_scores_move(budget, total):
     assert misses(decide(GateConfig("quantile", budget), streams(total)), budget).max() < 0.01
