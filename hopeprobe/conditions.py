@@ -60,13 +60,17 @@ LIVE = Condition("live")
 """The model as it is."""
 
 
-@functools.cache
 def frozen(mechanism: str | None = None) -> Condition:
     """All write gates closed, or those of one mechanism (`selfmod`, `cms`, `cms.fast`): "cms-frozen".
 
     The same object every time, so that probes share its pass. A name that the model does not have raises
     MissingCapability when it is run.
     """
+    return _frozen(mechanism)
+
+
+@functools.cache  # called with one argument always: to the cache, f() and f(None) are two calls
+def _frozen(mechanism: str | None) -> Condition:
     name = "frozen" if mechanism is None else f"{mechanism}-frozen"
     return Condition(name, hooks=lambda subject, _prepared, _batch: subject.freeze_hooks(mechanism))
 

@@ -8,7 +8,7 @@ from hopeprobe.tokens import EvalWindows
 
 def test_the_conditions_that_come_with_it():
     assert (LIVE.name, FROZEN.name) == ("live", "frozen")
-    assert frozen() is FROZEN
+    assert frozen() is frozen(None) is frozen(mechanism=None) is FROZEN, "however it is asked for"
     assert frozen("cms") is frozen("cms")
     assert frozen("cms").name == "cms-frozen"
     assert frozen("cms.fast") is not frozen("cms")
