@@ -2,8 +2,9 @@
 
     python gather.py tiny:0=tiny-0.json tiny:1=tiny-1.json … --out rows.csv
 
-Each argument is SIZE:SEED=FILE. The table is what `gates.ipynb` reads; `random` says whether a rule beats a random gate
-in that checkpoint, at a false discovery rate of 5 % over all its differences.
+Each argument is SIZE:SEED=FILE. A checkpoint may have several files, say one of its passes and one of the sample; of a
+row that more than one has, the first counts. The table is what `gates.ipynb` reads; `random` says whether a rule beats
+a random gate in that checkpoint, at a false discovery rate of 5 % over all differences of its file.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from hopeprobe.files import write_atomically
 from hopeprobe.probes.relative_surprise import BEATS, LOSES, NOT_TOLD
 from hopeprobe.results import Results
 
-COLUMNS = ["statistic", "condition", "component", "position", "value", "ci_low", "ci_high", "verdict"]
+KEY = ["statistic", "condition", "component", "position"]
+COLUMNS = [*KEY, "value", "ci_low", "ci_high", "verdict"]
 
 
 def rows_of(size: str, seed: int, results: Results) -> pd.DataFrame:
@@ -46,9 +48,10 @@ def main() -> None:
         named, _, file = each.partition("=")
         size, _, seed = named.partition(":")
         tables.append(rows_of(size, int(seed), Results.from_json(Path(file).read_text(encoding="utf-8"))))
-    text = pd.concat(tables).to_csv(index=False, float_format="%.5g", lineterminator="\n")
+    joined = pd.concat(tables).drop_duplicates(["size", "seed", *KEY])
+    text = joined.to_csv(index=False, float_format="%.5g", lineterminator="\n")
     write_atomically(given.out, text.encode())
-    print(f"{given.out}: {sum(map(len, tables))} rows of {len(tables)} checkpoints")
+    print(f"{given.out}: {len(joined)} rows of {len(joined.groupby(['size', 'seed']))} checkpoints")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The notebook on gates: run again it says what it says, and the table it reads is made as it tells."""
 
+import dataclasses
 import importlib.util
 import re
 import sys
@@ -83,6 +84,17 @@ def test_gathering(tmp_path, monkeypatch, capsys):
     table = pd.read_csv(out)
     assert capsys.readouterr().out.endswith("2 rows of 2 checkpoints\n")
     assert table.seed.tolist() == [0, 1]
+    again = dataclasses.replace(row, value=9.0)
+    other = dataclasses.replace(row, statistic="oracle_difference")
+    Results([again, other], []).write_json(tmp_path / "more.json")
+    monkeypatch.setattr(
+        sys, "argv", ["gather.py", *files, f"tiny:1={tmp_path / 'more.json'}", "--out", str(out)]
+    )
+    load_gather().main()
+    joined = pd.read_csv(out)
+    assert capsys.readouterr().out.endswith("3 rows of 2 checkpoints\n")
+    assert joined.value.tolist() == [-0.5, -0.5, -0.5], "of a row in two files the first counts"
+    assert joined.statistic.tolist() == ["loss_difference"] * 2 + ["oracle_difference"]
     assert table[["value", "own-init", "fresh-init", "random"]].iloc[0].fillna("").tolist() == [
         -0.5, 0.25, "", "beats random",
     ]  # fmt: skip
