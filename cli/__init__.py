@@ -1,7 +1,7 @@
 """The command line: thin, quick to start, and every error in one line with a status that scripts can rely on.
 
-0 done, 2 bad input, 3 a measurement could not be made, 4 training diverged, 130 interrupted. `--debug` shows the
-traceback.
+0 done, 1 a regression was found, 2 bad input, 3 a measurement could not be made, 4 training diverged, 130 interrupted.
+`--debug` shows the traceback.
 """
 
 from __future__ import annotations

@@ -177,6 +177,81 @@ def analyze(
 
 
 @app.command()
+def baseline(
+    checkpoints: Annotated[
+        list[Path], typer.Argument(metavar="CKPT...", help="One checkpoint, or one of each of several seeds.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="File of the baseline, to be committed.")],
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", help="A probe's name; repeat it for several. Default: one a mechanism."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every probe.")] = False,
+    data: Data = ["builtin"],  # noqa: B006
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Scored tokens to measure on.")] = 32_768,
+    split: Annotated[str, typer.Option("--split", help="heldout, train or all documents.")] = "heldout",
+    carry: Annotated[
+        str, typer.Option("--carry", help="Fresh state at each window, or carried to the document's end.")
+    ] = "window",
+    gate: Gate = None,
+    budget: Budget = None,
+    gate_threshold: GateThreshold = None,
+    gate_writes: GateWrites = "all",
+    tolerance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tolerance",
+            help="STATISTIC=NUMBER or PROBE/STATISTIC=NUMBER: what may change; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Keep a checkpoint's numbers in a file, or those of several seeds, for `hopeprobe check`."""
+    from hopeprobe.cli.gates import gate_rule
+    from hopeprobe.cli.regression import run_baseline
+
+    rule = gate_rule(gate, budget, gate_threshold, gate_writes)
+    raise typer.Exit(
+        run_baseline(
+            checkpoints, output, probe or [], every, data, tokens, split, carry, rule, tolerance or []
+        )
+    )
+
+
+@app.command()
+def check(
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(metavar="CKPT...", help="A checkpoint; of a baseline of seeds also several seeds'."),
+    ],
+    baseline: Annotated[Path, typer.Option("--baseline", help="File that `hopeprobe baseline` wrote.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", help="Where the baseline's text is now; default where it was. May be repeated."
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Windows at once; default by the model's context.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--every", help="Show what did not move too.")] = False,
+    output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File for the table, tab-separated, or the JSON.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="File for JUnit XML.")] = None,
+    github: Annotated[
+        bool, typer.Option("--github", help="Print GitHub annotations; by itself in GitHub Actions.")
+    ] = False,
+) -> None:
+    """Compare a checkpoint with a baseline: status 0 nothing moved, 1 something did, 3 not all could be measured."""
+    from hopeprobe.cli.regression import run_check
+
+    raise typer.Exit(
+        run_check(checkpoints, baseline, data, batch, every, output_format, output, junit, github)
+    )
+
+
+@app.command()
 def hooks(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
     pattern: Annotated[

@@ -1,8 +1,9 @@
 """hopeprobe: mechanistic analysis of self-modifying memories, with a null beside every number.
 
 `hopeprobe.load(path)` opens a checkpoint as a `Subject`; `hopeprobe.analyze(subject, probes=[...])` measures
-it and gives `Results`: `.table`, `.nulls`, `.verdicts`, `.plot()`. `Probe`, `Accumulator`, `Quantity` and `Place` are
-what a probe of your own is written with. Names load when first used: `import hopeprobe` alone imports neither torch
+it and gives `Results`: `.table`, `.nulls`, `.verdicts`, `.plot()`. `hopeprobe.make_baseline` keeps a checkpoint's
+numbers, and `hopeprobe.check` sets others against them. `Probe`, `Accumulator`, `Quantity` and `Place` are what a probe
+of your own is written with. Names load when first used: `import hopeprobe` alone imports neither torch
 nor pandas.
 """
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from hopeprobe.analysis import analyze
     from hopeprobe.probes import PROBES
     from hopeprobe.probes.base import Accumulator, Place, Probe, Quantity
+    from hopeprobe.regression import Baseline, check, make_baseline
     from hopeprobe.results import Results
     from hopeprobe.subject import Subject, load
 
@@ -27,18 +29,22 @@ except PackageNotFoundError:  # a source tree that was never installed
 _WHERE = {
     "PROBES": "hopeprobe.probes",
     "Accumulator": "hopeprobe.probes.base",
+    "Baseline": "hopeprobe.regression",
     "Place": "hopeprobe.probes.base",
     "Probe": "hopeprobe.probes.base",
     "Quantity": "hopeprobe.probes.base",
     "Results": "hopeprobe.results",
     "Subject": "hopeprobe.subject",
     "analyze": "hopeprobe.analysis",
+    "check": "hopeprobe.regression",
     "load": "hopeprobe.subject",
+    "make_baseline": "hopeprobe.regression",
 }
 
 __all__ = [
     "PROBES",
     "Accumulator",
+    "Baseline",
     "Place",
     "Probe",
     "Quantity",
@@ -46,7 +52,9 @@ __all__ = [
     "Subject",
     "__version__",
     "analyze",
+    "check",
     "load",
+    "make_baseline",
 ]
 
 

@@ -91,7 +91,7 @@ def analyze(
         raise BadInputError(
             f"fresh is {fresh}; it takes at least two re-initialisations, or 0 for no such null"
         )
-    chosen = _probes(probes)
+    chosen = chosen_probes(probes)
     results, described = Results(), []
     given = as_list(checkpoints)
     labels = labelled(given)
@@ -343,6 +343,7 @@ class _Run:
                         n_tokens=estimate.n,
                         n_groups=estimate.n_groups,
                         dtype=self.subject.dtype,
+                        smallest_effect=row.smallest_effect,
                         min_detectable=judgement.min_detectable,
                         p=judgement.p,
                         q=judgement.q,
@@ -381,7 +382,11 @@ class _Run:
         return told
 
 
-def _probes(names: str | Probe | Sequence[str | Probe]) -> list[Probe]:
+def chosen_probes(names: str | Probe | Sequence[str | Probe]) -> list[Probe]:
+    """Probes by name or as they are, each once; "all" takes every one that has a name here.
+
+    Raises BadInputError for a name that there is not, and for none at all.
+    """
     if isinstance(names, str | Probe):
         names = tuple(PROBES) if names == "all" else (names,)
     chosen = [probe if isinstance(probe, Probe) else get_probe(probe) for probe in names]

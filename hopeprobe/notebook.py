@@ -52,6 +52,13 @@ def as_html(results: Results) -> str:
     return f'<div class="hopeprobe-results">{"".join(parts)}</div>'
 
 
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A table of texts with notes above it; without rows the notes alone."""
+    said = "".join(f"<div>{escape(note)}</div>" for note in notes)
+    body = [list(map(escape, cells)) for cells in rows]
+    return f'<div class="hopeprobe-results">{said}{_table(head, body) if body else ""}</div>'
+
+
 def _verdicts(results: Results, *, several: bool) -> str:
     """Count rows by verdict, a line a statistic."""
     counts = results.verdicts

@@ -67,7 +67,7 @@ class WindowMaker:
 
     def windows(self, subject: Subject) -> EvalWindows:
         """Windows of the subject's context. Raises BadInputError where the data do not fit the model."""
-        text = self._text(subject.tokenizer)
+        text = self.text(subject.tokenizer)
         _check_vocabulary(subject, text)
         key = subject.tokenizer, subject.context
         if key not in self.made:
@@ -77,7 +77,8 @@ class WindowMaker:
             )
         return self.made[key]
 
-    def _text(self, tokenizer: str) -> TokenData:
+    def text(self, tokenizer: str) -> TokenData:
+        """The text as a tokenizer reads it, loaded once."""
         if isinstance(self.data, TokenData):
             return self.data
         if tokenizer not in self.loaded:

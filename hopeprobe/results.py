@@ -28,19 +28,20 @@ if TYPE_CHECKING:
     from hopeprobe.plots import Figures
     from hopeprobe.plots.canvas import Canvas
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READABLE = (1, 2)  # version 1 has no `smallest_effect`
 KEY = ("probe", "statistic", "checkpoint", "step", "layer", "component", "condition", "position")
 """The columns that together name a row, in both tables."""
 
 _RESULT_COLUMNS = (
     *("value", "unit", "ci_low", "ci_high", "n_tokens", "n_groups", "dtype"),
-    *("min_detectable", "p", "q", "verdict", "note"),
+    *("smallest_effect", "min_detectable", "p", "q", "verdict", "note"),
 )
 _NULL_COLUMNS = ("null_kind", "value", "low", "high", "n")
 
 _NAN = float("nan")
 _INTEGERS = ("step", "layer", "n_tokens", "n_groups", "n")
-_FLOATS = ("value", "ci_low", "ci_high", "min_detectable", "p", "q", "low", "high")
+_FLOATS = ("value", "ci_low", "ci_high", "smallest_effect", "min_detectable", "p", "q", "low", "high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,8 @@ class ResultRow(_Key):
     """One number with its interval and verdict.
 
     `value` in `unit`, a 95 % interval over `n_groups` groups of documents (NaN where none is claimed), the
-    smallest difference found with 80 % power, p and q of the rule in `hopeprobe.stats.verdict`. Raises
+    smallest difference that is of interest, in `unit`, and the smallest found with 80 % power, p and q of the rule in
+    `hopeprobe.stats.verdict`. Raises
     ValueError for a row that claims more than it measured: `learned` or `at-init` without a value, without an
     interval, or without tokens, unless it needs none: an exact number's interval is its value.
     """
@@ -91,6 +93,7 @@ class ResultRow(_Key):
     verdict: Verdict
     ci_low: float = _NAN
     ci_high: float = _NAN
+    smallest_effect: float = _NAN
     min_detectable: float = _NAN
     p: float = _NAN
     q: float = _NAN
@@ -268,7 +271,7 @@ class Results:
             "results": [_record(row) for row in self.rows],
             "nulls": [_record(row) for row in self.null_rows],
         }
-        return json.dumps(_nan_to_null(document), allow_nan=False, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(nan_to_null(document), allow_nan=False, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Results:
@@ -277,8 +280,9 @@ class Results:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             raise BadInputError(f"not a results document: {error}") from error
-        if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
-            raise BadInputError(f"not a results document of schema version {SCHEMA_VERSION}")
+        if not isinstance(document, dict) or document.get("schema_version") not in _READABLE:
+            known = " or ".join(map(str, _READABLE))
+            raise BadInputError(f"not a results document of schema version {known}")
         try:
             return cls(
                 [_row(ResultRow, record) for record in document["results"]],
@@ -349,9 +353,10 @@ def _frame(kind: type[_Key], rows: Sequence[_Key]) -> pd.DataFrame:
     return typed
 
 
-def _nan_to_null(value: Any) -> Any:
+def nan_to_null(value: Any) -> Any:
+    """Plain data for strict JSON: NaN, wherever it is, as null."""
     if isinstance(value, Mapping):
-        return {str(name): _nan_to_null(item) for name, item in value.items()}
+        return {str(name): nan_to_null(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_nan_to_null(item) for item in value]
+        return [nan_to_null(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

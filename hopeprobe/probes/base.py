@@ -255,6 +255,7 @@ class Probe(ABC):
         statistics: names of what it measures; each is one row, `n/a`, where the model has nothing of it.
         partial: whether contrasts are made of the conditions that the model and the text allow; else of all or none.
         fresh_tokens: most tokens that a fresh re-initialisation is measured on, where a pass is dear.
+        counts: whether numbers count tokens on one side of a line, where rounding can put one on the other.
 
     """
 
@@ -264,6 +265,7 @@ class Probe(ABC):
     statistics: ClassVar[tuple[str, ...]]
     partial: ClassVar[bool] = False
     fresh_tokens: ClassVar[int | None] = None
+    counts: ClassVar[bool] = False
 
     def describe(self) -> str:
         """Definition, range, nulls, cost and source: the docstring of the probe's file."""

@@ -120,6 +120,7 @@ class GateSelectivity(Probe):
 
     name: ClassVar[str] = "gate-selectivity"
     question: ClassVar[str] = "Does the surprise gate select, and which tokens does it keep?"
+    counts: ClassVar[bool] = True
     statistics: ClassVar[tuple[str, ...]] = (
         "pass_rate",
         "gate_entropy",

@@ -102,6 +102,7 @@ class RelativeSurprise(Probe):
     statistics: ClassVar[tuple[str, ...]] = (DIFFERENCE, AREA, ORACLE, CORRELATION)
     partial: ClassVar[bool] = True
     fresh_tokens: ClassVar[int | None] = 1024
+    counts: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -23,7 +23,19 @@ def analyze(call, checkpoint, text, *more):
 def test_help_names_every_command(call):
     done = call("--help")
     assert done.code == 0
-    for command in ("demo", "train", "analyze", "ablate", "sweep", "compare", "hooks", "probes", "params"):
+    for command in (
+        "demo",
+        "train",
+        "analyze",
+        "baseline",
+        "check",
+        "ablate",
+        "sweep",
+        "compare",
+        "hooks",
+        "probes",
+        "params",
+    ):
         assert command in done.out
 
 

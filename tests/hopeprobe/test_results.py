@@ -29,6 +29,7 @@ def row(**changes):
         "n_tokens": 4096,
         "n_groups": 64,
         "dtype": "float32",
+        "smallest_effect": 0.05,
         "min_detectable": 0.01,
         "p": 0.001,
         "q": 0.002,
@@ -74,7 +75,7 @@ def test_frames_have_all_columns_even_when_empty():
         assert list(results.table.columns) == [
             *KEY,
             *("value", "unit", "ci_low", "ci_high", "n_tokens", "n_groups", "dtype"),
-            *("min_detectable", "p", "q", "verdict", "note"),
+            *("smallest_effect", "min_detectable", "p", "q", "verdict", "note"),
         ]
         assert list(results.nulls.columns) == [*KEY, "null_kind", "value", "low", "high", "n"]
     frame = example().table
@@ -223,6 +224,18 @@ def test_duplicate_keys_raise_and_add_nothing():
 def test_other_documents_are_bad_input(text, message):
     with pytest.raises(BadInputError, match=message):
         Results.from_json(text)
+
+
+def test_documents_of_version_1_are_read():
+    """They have no `smallest_effect`; all else is as it was."""
+    document = json.loads(example().to_json())
+    document["schema_version"] = 1
+    for record in document["results"]:
+        del record["smallest_effect"]
+    old = Results.from_json(json.dumps(document))
+    assert math.isnan(old.rows[0].smallest_effect)
+    assert [row.value for row in old.rows[:1]] == [0.25]
+    assert json.loads(old.to_json())["schema_version"] == 2
 
 
 def test_an_unknown_column_names_its_neighbour():

@@ -1,0 +1,207 @@
+"""Checks: what became of each number, what is said of it, and the status that scripts rely on."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from hopeprobe.analysis import analyze
+from hopeprobe.errors import BadInputError
+from hopeprobe.regression import Baseline, Settings, Tracked, check, make_baseline
+from hopeprobe.regression.baseline import Address, current_versions
+from hopeprobe.regression.comparing import Outcome, compare
+from hopeprobe.stats.verdict import Verdict
+from hopeprobe.subject import GateRule
+from hopeprobe.tokens import TokenData
+
+SETTINGS = Settings(("toy-probe",), ("text.jsonl",), 1000)
+
+
+def baseline_of(values, seeds=1, unmeasured=(), **changed):
+    """A baseline of numbers by statistic, one value or one a seed each."""
+    fields = {"noise": 1e-3, "tolerance": 0.1, "smallest_effect": 0.01, **changed}
+    tracked = []
+    for statistic, value in values.items():
+        mine = tuple(np.atleast_1d(value).tolist())
+        nan = (math.nan,) * len(mine)
+        verdicts = fields.get("verdicts", (Verdict.LEARNED,) * len(mine))
+        tracked.append(
+            Tracked(
+                Address("toy-probe", statistic, 0, "a"), "1", mine, verdicts, nan, nan,
+                fields["smallest_effect"], fields["noise"], fields["tolerance"],
+            )
+        )  # fmt: skip
+    checkpoints = tuple({"name": f"{i}.pt", "seed": i, "identity": "same"} for i in range(seeds))
+    gone = tuple(Address("toy-probe", statistic, 0, "a") for statistic in unmeasured)
+    return Baseline(
+        SETTINGS, {"fingerprint": "f", "windows": "w"}, checkpoints, tuple(tracked), gone, current_versions()
+    )
+
+
+def test_what_moved_what_is_lost_what_is_new(row, results):
+    kept = baseline_of(
+        {"same": 1.0, "near": 1.0, "far": 1.0, "gone": 1.0, "absent": 1.0}, unmeasured=["still"]
+    )
+    now = [
+        row("same", 1.0), row("near", 1.1005), row("far", 1.2), row("gone", math.nan, note="it never fired"),
+        row("other", 3.0), row("still", 4.0), row("never", math.nan),
+    ]  # fmt: skip
+    found = compare(kept, results(now))
+    outcomes = {one.tracked.address.statistic: str(one.outcome) for one in found.compared}
+    assert outcomes == {"same": "same", "near": "same", "far": "moved", "gone": "lost", "absent": "lost"}
+    assert [one.why for one in found.of("lost")] == ["n/a: it never fired", "no such row"]
+    assert [address.statistic for address in found.new] == ["other"]
+    assert (found.exit_code, found.passed) == (1, False)
+    assert found.summary == "5 statistics: 1 moved, 2 lost"
+    (far,) = found.of(Outcome.MOVED)
+    assert (far.before, far.now) == (1.0, 1.2)
+    assert far.drift.difference == pytest.approx(0.2)
+    assert [line[0] for line in found.lines()] == [
+        f"toy-probe/{s}/layer 0/a" for s in ("far", "gone", "absent")
+    ]
+    assert len(list(found.lines(every=True))) == 5
+    assert found.table.statistic.tolist() == ["far", "gone", "absent", "same", "near"]
+
+
+def test_status_3_for_what_could_not_be_measured(row, results):
+    kept = baseline_of({"a": 1.0, "b": 1.0})
+    assert compare(kept, results([row("a", 1.0), row("b", 1.0)])).exit_code == 0
+    assert compare(kept, results([row("a", 1.0)])).exit_code == 3
+    assert compare(kept, results([row("a", 1.0), row("b", 1.0)], missing=["a hook"])).exit_code == 3
+    assert compare(kept, results([row("a", 2.0)], missing=["a hook"])).exit_code == 1, (
+        "a regression is found first"
+    )
+
+
+@pytest.mark.parametrize("verdict", ["collapsed", "diverged", "no-signal", "untrained"])
+def test_a_mechanism_that_died_has_moved_whatever_its_number(verdict, row, results):
+    now = results([row("a", 1.0, verdict=Verdict(verdict))])
+    (found,) = compare(baseline_of({"a": 1.0}), now).compared
+    assert found.outcome is Outcome.MOVED
+    assert found.why == f"{verdict}, in the baseline learned"
+    was_so = baseline_of({"a": 1.0}, verdicts=(Verdict(verdict),))
+    assert compare(was_so, now).passed
+
+
+def test_between_seeds_only_what_seeds_do_not_do_has_moved(row, results):
+    kept = baseline_of({"a": [1.0, 1.1, 0.9, 1.05, 0.95]}, seeds=5, tolerance=0.0)
+    assert compare(kept, results([row("a", 1.3, seed=9)])).passed
+    assert compare(kept, results([row("a", 3.0, seed=9)])).exit_code == 1
+    several = compare(kept, results([row("a", 1.6, seed=9), row("a", 1.65, seed=10)]))
+    (one,) = several.compared
+    assert one.now == pytest.approx(1.625)
+    assert one.values == (1.6, 1.65)
+    lone = compare(kept, results([row("a", 1.625, seed=9)])).compared[0]
+    assert several.compared[0].drift.high - several.compared[0].drift.low < lone.drift.high - lone.drift.low
+
+
+def test_notes_say_what_a_reader_must_know(row, results):
+    one = baseline_of({"a": 1.0})
+    assert compare(one, results([row("a", 1.0)])).notes == ()
+    other_run = compare(one, results([row("a", 1.0, seed=4)])).notes
+    assert any("another training run" in note for note in other_run)
+    seeds = baseline_of({"a": [1.0, 1.1]}, seeds=2)
+    notes = compare(seeds, results([row("a", 1.0, seed=1)])).notes
+    assert any(note.startswith("seed 1 is in the baseline") for note in notes)
+    assert any("1 of 1 tolerances are below what 2 seeds can show" in note for note in notes)
+    wide = baseline_of({"a": [1.0, 1.1]}, seeds=2, tolerance=1e3)
+    assert compare(wide, results([row("a", 1.0, seed=5)])).notes == ()
+    old = dataclasses.replace(one, versions={"hopeprobe": "0.0.1", "torch": one.versions["torch"]})
+    assert any("the baseline with 0.0.1" in note for note in compare(old, results([row("a", 1.0)])).notes)
+    shaped = dataclasses.replace(one, checkpoints=({"seed": 0, "identity": "other"},))
+    assert any("configuration" in note for note in compare(shaped, results([row("a", 1.0)])).notes)
+
+
+def test_plain_data_and_a_notebook(row, results):
+    found = compare(baseline_of({"a": 1.0, "<b>": 1.0}), results([row("a", 2.0)]))
+    document = found.to_dict()
+    assert (document["exit_code"], document["kind"]) == (1, "hopeprobe-check")
+    assert document["statistics"][0]["outcome"] == "moved"
+    html = found._repr_html_()
+    assert "2 statistics: 1 moved, 1 lost" in html
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    assert repr(found) == "<Check: 2 statistics: 1 moved, 1 lost>"
+
+
+@pytest.fixture(scope="module")
+def run_baseline(toy_run, toy_data, toy_cache):
+    return make_baseline(
+        toy_run / "step-000040.pt",
+        ["cms-similarity", "surprise"],
+        toy_data,
+        1600,
+        "all",
+        fresh=0,
+        cache_dir=toy_cache,
+    )
+
+
+def test_the_same_checkpoint_is_the_same_in_any_batches(run_baseline, toy_run, toy_data, toy_cache):
+    for batch in (None, 7):
+        found = check(toy_run / "step-000040.pt", run_baseline, toy_data, batch=batch, cache_dir=toy_cache)
+        assert found.passed, list(found.lines())
+        assert len(found.compared) > 20
+        assert found.notes == ()
+
+
+def test_a_memory_that_stopped_working_is_found(run_baseline, toy_run, toy_data, toy_cache, monkeypatch):
+    """The planted defect: one CMS level whose output weights are a tenth smaller."""
+    subject = hopeprobe_load(toy_run / "step-000040.pt")
+    subject.module.blocks[0].cms.levels["slow"].w_out.data.mul_(0.9)
+    found = check(subject, run_baseline, toy_data, cache_dir=toy_cache)
+    moved = {(one.tracked.address.statistic, one.tracked.address.layer) for one in found.of("moved")}
+    assert ("delta_effective_rank", 0) in moved or ("output_cosine", 0) in moved
+    assert ("mean_loss", None) in moved
+    assert found.exit_code == 1
+
+
+def hopeprobe_load(path):
+    import hopeprobe
+
+    return hopeprobe.load(path)
+
+
+def test_other_tokens_are_no_check(run_baseline, toy_run, toy_data, toy_cache):
+    other = TokenData.from_documents([[1, 2, 3, 4]] * 200, name="other", vocab_size=97, end_of_text=0)
+    with pytest.raises(BadInputError, match="not the tokens of the baseline, the text is another"):
+        check(toy_run / "step-000040.pt", run_baseline, other, cache_dir=toy_cache)
+    with pytest.raises(BadInputError, match="tokens in memory"):
+        check(toy_run / "step-000040.pt", run_baseline, cache_dir=toy_cache)
+    shorter = dataclasses.replace(
+        run_baseline, data={**run_baseline.data, "windows": "others", "context": 64}
+    )
+    with pytest.raises(BadInputError, match="a context of 32, was 64"):
+        check(toy_run / "step-000040.pt", shorter, toy_data, cache_dir=toy_cache)
+
+
+def test_several_checkpoints_need_a_baseline_of_seeds(run_baseline, toy_run, toy_data):
+    with pytest.raises(BadInputError, match="a baseline of one"):
+        check([toy_run / "step-000040.pt", toy_run / "step-000020.pt"], run_baseline, toy_data)
+
+
+def test_seeds_must_differ(toy_run, toy_data):
+    paths = [toy_run / "step-000040.pt", toy_run / "step-000020.pt"]
+    with pytest.raises(BadInputError, match="both of seed 0"):
+        make_baseline(paths, "surprise", toy_data, 1600)
+
+
+def test_a_probe_of_ones_own_is_given_again(run_baseline, toy_run, toy_data):
+    renamed = dataclasses.replace(
+        run_baseline, settings=dataclasses.replace(run_baseline.settings, probes=("mine",))
+    )
+    with pytest.raises(BadInputError, match="'mine', which hopeprobe does not have"):
+        check(toy_run / "step-000040.pt", renamed, toy_data)
+
+
+def test_the_gate_is_part_of_the_baseline(toy_run, toy_data, toy_cache):
+    path, gate = toy_run / "step-000040.pt", GateRule("random", 0.25)
+    kept = make_baseline(path, "surprise", toy_data, 1600, "all", gate=gate, fresh=0, cache_dir=toy_cache)
+    direct = analyze(path, "surprise", toy_data, 1600, "all", gate=gate, fresh=0, cache_dir=toy_cache)
+    assert kept.tracked[0].values[0] == direct.rows[0].value
+    assert check(path, kept, toy_data, cache_dir=toy_cache).passed
+    other = dataclasses.replace(kept, settings=dataclasses.replace(kept.settings, gate=None))
+    assert check(path, other, toy_data, cache_dir=toy_cache).exit_code == 1
+    assert json.loads(kept.to_json())["settings"]["gate"]["rule"] == "random"
