@@ -156,7 +156,7 @@ class Baseline:
                 }
                 for one in self.tracked
             ]
-        )
+        ).astype({"layer": "Int64"})
         return frame
 
     def to_json(self) -> str:

@@ -125,27 +125,29 @@ class Check:
 
     @property
     def table(self) -> pd.DataFrame:
-        """A line a number, those that moved first, by how far beyond the tolerance."""
+        """A line a number, those that moved first."""
         import pandas as pd
 
-        frame: pd.DataFrame = pd.DataFrame(
-            [
-                {
-                    **one.tracked.address._asdict(),
-                    "baseline": one.before,
-                    "now": one.now,
-                    "difference": math.nan if one.drift is None else one.drift.difference,
-                    "low": math.nan if one.drift is None else one.drift.low,
-                    "high": math.nan if one.drift is None else one.drift.high,
-                    "tolerance": one.tracked.tolerance,
-                    "unit": one.tracked.unit,
-                    "outcome": str(one.outcome),
-                    "why": one.why,
-                }
-                for one in self.ordered()
-            ]
-        )
+        frame: pd.DataFrame = pd.DataFrame(self.records()).astype({"layer": "Int64"})
         return frame
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary a number, those that moved first; NaN where there is none."""
+        return [
+            {
+                **one.tracked.address._asdict(),
+                "baseline": one.before,
+                "now": one.now,
+                "difference": math.nan if one.drift is None else one.drift.difference,
+                "low": math.nan if one.drift is None else one.drift.low,
+                "high": math.nan if one.drift is None else one.drift.high,
+                "tolerance": one.tracked.tolerance,
+                "unit": one.tracked.unit,
+                "outcome": str(one.outcome),
+                "why": one.why,
+            }
+            for one in self.ordered()
+        ]
 
     def ordered(self) -> list[Compared]:
         """What moved, then what is lost, then the rest; within each in the baseline's order."""
@@ -166,7 +168,7 @@ class Check:
             "exit_code": self.exit_code,
             "summary": self.summary,
             "checkpoints": [dict(one) for one in self.checkpoints],
-            "statistics": self.table.to_dict("records"),
+            "statistics": self.records(),
             "new": [one._asdict() for one in self.new],
             "missing": list(self.missing),
             "notes": list(self.notes),

@@ -12,6 +12,11 @@ A number has moved when its interval lies wholly outside plus or minus the toler
 spread: the distance that is left to the line, over s, has Student's t distribution. That is a mean over baselines. One
 whose few seeds happened to lie close states a small resolution, and raises more false alarms than others.
 
+False alarms of whole checks of 60 numbers, 1,000 each, at a tolerance of 0 and of 2 s: normal values, independent or
+alike, at most 1.1 % and 1.1 % of 3 seeds, 1.0 % and 0.9 % of 5, 0.9 % and 0 % of 10. The far tails that this takes are
+the normal's: with lognormal values (σ = 0.5) 2.3 % and 2.2 %, 5.9 % and 3.8 %, 23 % and 7 %; with Student's t of 3
+degrees of freedom 3.1 % and 3.1 %, 8.2 % and 5.9 %, 31 % and 14 %.
+
 On the same tokens with the same weights nothing is drawn: the interval is d ± noise, `noise` what arithmetic in another
 order can do, and a change of tolerance + 2 noise is always found. Between seeds the interval is wider by as much too,
 as numbers that every seed has alike have no spread.
