@@ -252,6 +252,35 @@ def check(
 
 
 @app.command()
+def report(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_OR_CKPT...",
+            help="Folders of runs (their last checkpoint), checkpoint files, or results in JSON.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File of the page.")],
+    title: Annotated[str | None, typer.Option("--title", help="Of the page; default what was given.")] = None,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", help="A probe's name; repeat it for several. Default: one a mechanism."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every probe.")] = False,
+    data: Data = ["builtin"],  # noqa: B006
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Scored tokens to measure on.")] = 32_768,
+    files: Annotated[
+        Path | None,
+        typer.Option("--files", help="Folder for figures (SVG, PNG) and tables (CSV, LaTeX) as files too."),
+    ] = None,
+) -> None:
+    """One page that needs no network: verdicts, figures, tables with their nulls, definitions."""
+    from hopeprobe.cli.reporting import run_report
+
+    raise typer.Exit(run_report(targets, output, title, probe or [], every, data, tokens, files))
+
+
+@app.command()
 def hooks(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
     pattern: Annotated[

@@ -309,6 +309,36 @@ class Results:
         return path, nulls
 
 
+def joined(several: Sequence[Results]) -> Results:
+    """Results of several analyses as one; data and versions are what all have in common.
+
+    Raises BadInputError where there is none, and where two of them hold a row of one checkpoint.
+    """
+    if not several:
+        raise BadInputError("there are no results to join")
+    first, *others = several
+    if not others:
+        return first
+    checkpoints: list[Any] = []
+    for one in several:
+        for checkpoint in one.checkpoint.get("checkpoints", [one.checkpoint]):
+            if checkpoint not in checkpoints:
+                checkpoints.append(checkpoint)
+    data = {k: v for k, v in first.data.items() if all(other.data.get(k) == v for other in others)}
+    versions = {
+        k: v if all(other.versions.get(k) == v for other in others) else "several"
+        for k, v in first.versions.items()
+    }
+    described = checkpoints[0] if len(checkpoints) == 1 else {"checkpoints": checkpoints}
+    made = Results(checkpoint=described, data=data, versions=versions)
+    for one in several:
+        try:
+            made.extend(one)
+        except ValueError as error:
+            raise BadInputError(f"results that cannot be one: {error}") from None
+    return made
+
+
 def _with_unique_keys(
     known: Mapping[tuple[Any, ...], _Row], rows: Iterable[_Row]
 ) -> dict[tuple[Any, ...], _Row]:

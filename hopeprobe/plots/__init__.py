@@ -24,7 +24,7 @@ from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.files import write_atomically
 
 from .gates import draw_budgets
-from .loss import plot_loss_curve
+from .loss import draw_loss_curve, plot_loss_curve
 from .rows import draw_rows
 from .similarity import draw_similarity
 
@@ -111,6 +111,7 @@ __all__ = [
     "draw",
     "draw_all",
     "draw_budgets",
+    "draw_loss_curve",
     "draw_rows",
     "draw_similarity",
     "plot_loss_curve",

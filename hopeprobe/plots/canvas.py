@@ -1,4 +1,4 @@
-"""A blank figure, and how it becomes a PNG. Imports matplotlib and seaborn: import it where something is drawn.
+"""A blank figure, and how it becomes a PNG or SVG. Imports matplotlib and seaborn: import it where something is drawn.
 
 Figures are made without pyplot: no window, no global state, and the backend does not matter.
 """
@@ -9,6 +9,7 @@ import contextlib
 import io
 from typing import TYPE_CHECKING, Any
 
+import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
 
@@ -26,6 +27,13 @@ class Canvas(Figure):
         """The figure as a PNG file."""
         image = io.BytesIO()
         self.savefig(image, dpi=DPI, format="png")
+        return image.getvalue()
+
+    def svg(self) -> bytes:
+        """The figure as an SVG file, the same bytes every time."""
+        image = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": "hopeprobe"}):
+            self.savefig(image, format="svg", metadata={"Date": None})
         return image.getvalue()
 
     def _repr_png_(self) -> bytes:

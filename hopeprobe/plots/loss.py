@@ -7,10 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.files import write_atomically
+
+if TYPE_CHECKING:
+    from .canvas import Canvas
 
 
 def plot_loss_curve(
@@ -19,11 +22,20 @@ def plot_loss_curve(
     unigram: float | None = None,
     ln_vocab: float | None = None,
 ) -> Path:
+    """Write the PNG of `draw_loss_curve`. Errors as that, and BadInputError for a file that cannot be written."""
+    return write_atomically(path, draw_loss_curve(metrics, unigram, ln_vocab).png())
+
+
+def draw_loss_curve(
+    metrics: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    unigram: float | None = None,
+    ln_vocab: float | None = None,
+) -> Canvas:
     """Draw training loss and held-out loss, live and frozen, in nats a token against optimiser steps.
 
     metrics: a `metrics.jsonl`, or its records: `step`, `loss`, and `held_out_live`, `held_out_frozen` where
     they were measured. unigram, ln_vocab: losses drawn as horizontal lines. Raises BadInputError for a file
-    that cannot be read or written, MeasurementError when no record has a finite loss.
+    that cannot be read, MeasurementError when no record has a finite loss.
     """
     records = _records(metrics) if isinstance(metrics, str | os.PathLike) else list(metrics)
     from matplotlib.ticker import MaxNLocator
@@ -63,7 +75,7 @@ def plot_loss_curve(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title("Loss during training")
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        return write_atomically(path, figure.png())
+        return figure
 
 
 def _records(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:

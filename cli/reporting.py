@@ -1,0 +1,86 @@
+"""`hopeprobe report`: runs, checkpoints and results to one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hopeprobe.analysis import analyze
+from hopeprobe.cli.analysis import report_missing
+from hopeprobe.cli.terminal import console, progress, say
+from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.model.checkpoint import run_checkpoints
+from hopeprobe.plots import draw_loss_curve
+from hopeprobe.plots.canvas import Canvas
+from hopeprobe.regression import DEFAULT_PROBES
+from hopeprobe.report import export, write_page
+from hopeprobe.results import Results, joined
+
+
+def run_report(
+    targets: list[Path],
+    output: Path,
+    title: str | None,
+    probes: list[str],
+    every: bool,
+    data: list[str],
+    tokens: int,
+    files: Path | None,
+) -> int:
+    """Measure what is not measured yet, write the page, and return the exit status: 3 when something is missing."""
+    checkpoints: list[Path] = []
+    curves: dict[str, Canvas] = {}
+    read: list[Results] = []
+    for target in targets:
+        if target.is_dir():
+            checkpoints.append(_last_of(target))
+            _add_curve(curves, target)
+        elif target.suffix == ".json":
+            read.append(_results(target))
+        else:
+            checkpoints.append(target)
+    if checkpoints:
+        with progress() as report:
+            measured = analyze(
+                checkpoints,
+                "all" if every else probes or DEFAULT_PROBES,
+                data if len(data) > 1 else data[0],
+                tokens,
+                progress=report,
+            )
+        read.insert(0, measured)
+    results = joined(read)
+    name = title or ", ".join(target.name or str(target.resolve().name) for target in targets)
+    written = [write_page(results, output, name, curves)]
+    if files is not None:
+        written += export(results, files, curves)
+    screen = console()
+    counts = results.table.verdict.value_counts()
+    say(screen, ", ".join(f"{n} {verdict}" for verdict, n in counts.items()))
+    for path in written:
+        say(screen, f"wrote {path}")
+    return report_missing(results)
+
+
+def _last_of(folder: Path) -> Path:
+    found = run_checkpoints(folder)
+    if not found:
+        raise BadInputError(f"{folder} holds no checkpoint (step-000200.pt): it is no folder of a run")
+    return found[-1]
+
+
+def _add_curve(curves: dict[str, Canvas], folder: Path) -> None:
+    record = folder / "metrics.jsonl"
+    if record.exists():
+        try:
+            curves[folder.name or str(folder.resolve().name)] = draw_loss_curve(record)
+        except MeasurementError as error:  # a run of which no step is recorded
+            say(console(stderr=True), f"{record}: {error}")
+
+
+def _results(path: Path) -> Results:
+    try:
+        return Results.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise BadInputError(f"{path} is no text, and so no results") from None
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}; `hopeprobe analyze --format json` writes one") from None

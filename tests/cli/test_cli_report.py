@@ -1,0 +1,70 @@
+"""`hopeprobe report`: of runs, checkpoints and results, and of what is none of these."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def few(text):
+    return "--data", text, "--tokens", 200, "--probe", "surprise"
+
+
+def test_a_run_is_its_last_checkpoint_with_its_curve(call, trained, few, tmp_path):
+    done = call("report", trained, *few, "-o", tmp_path / "report.html", "--files", tmp_path / "files")
+    assert done.code == 0, done.err
+    page = (tmp_path / "report.html").read_text()
+    assert "step-000003.pt" in page
+    assert f"Training: {trained.name}" in page
+    assert f"<title>{trained.name}</title>" in page
+    assert f"wrote {tmp_path / 'report.html'}" in done.out
+    assert (tmp_path / "files" / "surprise.svg").exists()
+    assert (tmp_path / "files" / f"training-{trained.name}.png").exists()
+
+
+def test_results_are_not_measured_again_and_go_together(call, trained, few, tmp_path):
+    for step in (0, 3):
+        path = tmp_path / f"{step}.json"
+        checkpoint = trained / f"step-00000{step}.pt"
+        assert call("analyze", checkpoint, *few, "--format", "json", "--output", path).code == 0
+    both = (tmp_path / "0.json", tmp_path / "3.json")
+    done = call("report", *both, "--title", "two steps", "--output", tmp_path / "report.html")
+    assert done.code == 0, done.err
+    page = (tmp_path / "report.html").read_text()
+    assert "surprise · step-000000.pt" in page
+    assert "surprise · step-000003.pt" in page
+    assert "<title>two steps</title>" in page
+    twice = call("report", both[0], both[0], "-o", tmp_path / "twice.html")
+    assert twice.code == 2
+    assert "two rows have the key" in twice.err
+    assert not (tmp_path / "twice.html").exists()
+
+
+def test_what_is_missing_is_status_3_and_on_the_page(call, trained, few, tmp_path):
+    path = tmp_path / "results.json"
+    assert call("analyze", trained / "step-000003.pt", *few, "--format", "json", "--output", path).code == 0
+    document = json.loads(path.read_text())
+    document["checkpoint"]["missing"] = ["surprise: a hook never fired"]
+    path.write_text(json.dumps(document))
+    done = call("report", path, "-o", tmp_path / "report.html")
+    assert done.code == 3
+    assert "a hook never fired" in done.err
+    assert "a hook never fired" in (tmp_path / "report.html").read_text()
+
+
+def test_what_cannot_be_reported(call, trained, few, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.json").write_text("")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+    for target, message in [
+        (tmp_path / "empty", "holds no checkpoint"),
+        (tmp_path / "empty.json", "not a results document"),
+        (tmp_path / "binary.json", "is no text"),
+        (tmp_path / "none.pt", "none.pt"),
+        (tmp_path / "none.json", "none.json"),
+    ]:
+        done = call("report", target, *few, "-o", tmp_path / "report.html")
+        assert done.code == 2, target
+        assert message in done.err, done.err
+        assert "Traceback" not in done.err
+        assert not (tmp_path / "report.html").exists()
