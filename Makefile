@@ -48,7 +48,7 @@ lint: $(INSTALLED)
 
 # mypy looks at what a user gets: the package as the wheel installs it.
 types: $(INSTALLED)
-	rm -rf build/types && mkdir -p build/types
+	rm -rf build && mkdir -p build/types
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/types .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/types/site build/types/*.whl
 	cd build/types/site && PYTHONPATH=. ../../../$(BIN)/python -c "import hopeprobe.cli, hopeprobe.model as m; assert m.__file__.startswith('$(CURDIR)/build/types/site'), m.__file__"

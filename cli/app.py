@@ -105,6 +105,16 @@ def train(
     ] = False,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1, help="Steps.")] = 200,
     eval_every: Annotated[int, typer.Option("--eval-every", min=1, help="Steps.")] = 100,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option("--probe", help="A probe to run while it trains; repeat it for several."),
+    ] = None,
+    probe_every: Annotated[
+        int, typer.Option("--probe-every", min=1, help="Steps between two runs of the probes.")
+    ] = 100,
+    probe_tokens: Annotated[
+        int, typer.Option("--probe-tokens", min=1, help="Scored tokens of each run of the probes.")
+    ] = 4096,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
 ) -> None:
     """Train a model: checkpoints, one line of metrics a step, resumable."""
@@ -126,6 +136,9 @@ def train(
         learning_rate=learning_rate,
         checkpoint_every=checkpoint_every,
         eval_every=eval_every,
+        probes=probe or [],
+        probe_every=probe_every,
+        probe_tokens=probe_tokens,
     )
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hopeprobe.cli.terminal import Report, console, progress, say
 from hopeprobe.model.config import PRESET_LEARNING_RATE, GateConfig, preset, published
 from hopeprobe.model.train import Progress, Run, TrainConfig, train
 from hopeprobe.tokens import TokenData, TrainWindows, load_tokens
+
+if TYPE_CHECKING:
+    from hopeprobe.monitor import Monitor
 
 
 def load_data(data: list[str], report: Report) -> TokenData:
@@ -45,6 +49,9 @@ def run_training(
     learning_rate: float | None,
     checkpoint_every: int,
     eval_every: int,
+    probes: list[str],
+    probe_every: int,
+    probe_tokens: int,
 ) -> Run:
     """Train as the options say; say at the end what there is."""
     config = preset(preset_name, variant)
@@ -63,13 +70,36 @@ def run_training(
         checkpoint_every=checkpoint_every,
         eval_every=eval_every,
     )
+    monitor = _monitor(probes, data, probe_every, probe_tokens)
     with progress() as report:
         tokens = load_data(data, report)
+        if monitor is not None:
+            monitor.data = tokens
         epochs = TrainWindows(tokens, config.context, batch, seed).epochs(steps)
         run = train(
-            config, train_config, tokens, out, resume=resume, progress=training_progress(report, steps)
+            config,
+            train_config,
+            tokens,
+            out,
+            resume=resume,
+            progress=training_progress(report, steps),
+            each_step=monitor,
         )
     screen = console()
+    if monitor is not None:
+        say(
+            screen,
+            f"probes every {probe_every} steps: {len(monitor.results.rows)} rows, in {out}/metrics.jsonl",
+        )
     say(screen, f"{out}: {run.step} steps, {epochs:.2g} epochs of {tokens.name}")
     say(screen, f"next: hopeprobe analyze {out}/step-{run.step:06d}.pt --all")
     return run
+
+
+def _monitor(probes: list[str], data: list[str], every: int, tokens: int) -> Monitor | None:
+    """What measures while it trains; imported only where it is asked for."""
+    if not probes:
+        return None
+    from hopeprobe.monitor import Monitor
+
+    return Monitor(probes, data, tokens, every)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hopeprobe.analysis import analyze
+    from hopeprobe.monitor import Monitor
     from hopeprobe.probes import PROBES
     from hopeprobe.probes.base import Accumulator, Place, Probe, Quantity
     from hopeprobe.regression import Baseline, check, make_baseline
@@ -30,6 +31,7 @@ _WHERE = {
     "PROBES": "hopeprobe.probes",
     "Accumulator": "hopeprobe.probes.base",
     "Baseline": "hopeprobe.regression",
+    "Monitor": "hopeprobe.monitor",
     "Place": "hopeprobe.probes.base",
     "Probe": "hopeprobe.probes.base",
     "Quantity": "hopeprobe.probes.base",
@@ -45,6 +47,7 @@ __all__ = [
     "PROBES",
     "Accumulator",
     "Baseline",
+    "Monitor",
     "Place",
     "Probe",
     "Quantity",

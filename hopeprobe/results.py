@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
@@ -142,6 +142,27 @@ class NullRow(_Key):
     def key(self) -> tuple[Any, ...]:
         """The values of `KEY`, then the kind of null."""
         return (*super().key, self.null_kind)
+
+
+class Address(NamedTuple):
+    """What is measured and where: the key of a row, less the checkpoint and its step."""
+
+    probe: str
+    statistic: str
+    layer: int | None = None
+    component: str = ""
+    condition: str = ""
+    position: str = ""
+
+    @classmethod
+    def of(cls, row: ResultRow) -> Address:
+        """Address of a result."""
+        return cls(row.probe, row.statistic, row.layer, row.component, row.condition, row.position)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"layer {self.layer}"
+        named = (self.probe, self.statistic, layer, self.component, self.condition, self.position)
+        return "/".join(filter(None, named))
 
 
 _Row = TypeVar("_Row", ResultRow, NullRow)

@@ -8,12 +8,13 @@ count).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,7 @@ from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import Watch, held_out, norm_ratio
 from hopeprobe.model.state import detach_state
+from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.truncation import check_memory, segments
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, Unigram
 
@@ -105,29 +107,38 @@ class Run:
     init_digest: str
     step: int = 0
 
+    def subject(self) -> HopeSubject:
+        """A copy of the model as it is now, for probes; its own initial weights are the run's."""
+        model = copy.deepcopy(self.model)
+        model.zero_grad(set_to_none=True)
+        record = dataclasses.replace(self._record(full=False), weights=dict(model.state_dict()))
+        found = HopeSubject(model, record)
+        found.name = f"step {self.step}"
+        return found
+
     def checkpoint(self) -> Path:
         """Write the checkpoint of the current step; `DivergedError` instead where a weight is not finite."""
         bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
         if bad:  # finite gradients can do that, where the rate is absurd
             raise _diverged(self, self.step, f"the update made {', '.join(bad[:3])} not finite")
-        full = self.config.resumable(self.step)
         path = step_path(self.folder, self.step)
-        save(
-            path,
-            Checkpoint(
-                config=self.model.config,
-                seed=self.config.seed,
-                step=self.step,
-                weights=dict(self.model.state_dict()),
-                init_digest=self.init_digest,
-                tokenizer=self.data.tokenizer,
-                data=self.data.identity(),
-                train=dataclasses.asdict(self.config),
-                optimizer=self.optimizer.state_dict() if full else None,
-                generators={"torch": torch.get_rng_state()} if full else None,
-            ),
-        )
+        save(path, self._record(full=self.config.resumable(self.step)))
         return path
+
+    def _record(self, full: bool) -> Checkpoint:
+        """The current step; `full`: with what training goes on from."""
+        return Checkpoint(
+            config=self.model.config,
+            seed=self.config.seed,
+            step=self.step,
+            weights=dict(self.model.state_dict()),
+            init_digest=self.init_digest,
+            tokenizer=self.data.tokenizer,
+            data=self.data.identity(),
+            train=dataclasses.asdict(self.config),
+            optimizer=self.optimizer.state_dict() if full else None,
+            generators={"torch": torch.get_rng_state()} if full else None,
+        )
 
 
 def make_optimizer(model: HopeModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -152,10 +163,12 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: tuple[Callable[[Run], None], ...] = (),
+    each_step: Callable[[Run], Mapping[str, Any] | None] | None = None,
 ) -> Run:
     """Train a model in a folder: checkpoints, `metrics.jsonl`, `run.json`.
 
-    `callbacks` are called with the run after every checkpoint, so that probes can run inside training.
+    `callbacks` are called with the run after every checkpoint, so that probes can run inside training; `each_step`
+    after every step, and what it gives goes into that step's line of metrics.
 
     Raises:
         BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs.
@@ -185,7 +198,8 @@ def train(
             if unseen is not None and (run.step % config.eval_every == 0 or run.step == config.steps):
                 metrics["held_out_live"] = held_out(run.model, unseen).loss
                 metrics["held_out_frozen"] = held_out(run.model, unseen, frozen=True).loss
-            write_line({"step": run.step, **metrics})
+            seen = None if each_step is None else each_step(run)
+            write_line({"step": run.step, **metrics, **(seen or {})})
             if progress is not None:
                 progress(run.step, metrics)
             if run.step in due:

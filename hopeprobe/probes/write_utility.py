@@ -202,6 +202,8 @@ def _correlated(score: FloatArray, utility: FloatArray) -> Reading:
     """Spearman's correlation; of no tokens where one of the two does not vary."""
     from scipy.stats import rankdata
 
+    if not len(score):  # a window of one tick: no token has a later one
+        return Reading(0.0, 0)
     x, y = rankdata(score), rankdata(utility)
     x, y = x - x.mean(), y - y.mean()
     size = math.sqrt(float((x**2).sum() * (y**2).sum()))

@@ -12,11 +12,11 @@ import os
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
-from hopeprobe.results import nan_to_null
+from hopeprobe.results import Address, nan_to_null
 from hopeprobe.stats.drift import Drift, between_seeds, on_same_tokens
 from hopeprobe.stats.verdict import Verdict
 from hopeprobe.subject import GateRule
@@ -26,31 +26,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from hopeprobe.results import ResultRow
-
 KIND = "hopeprobe-baseline"
 SCHEMA_VERSION = 1
-
-
-class Address(NamedTuple):
-    """What is measured and where: the key of a row, less the checkpoint and its step."""
-
-    probe: str
-    statistic: str
-    layer: int | None = None
-    component: str = ""
-    condition: str = ""
-    position: str = ""
-
-    @classmethod
-    def of(cls, row: ResultRow) -> Address:
-        """Address of a result."""
-        return cls(row.probe, row.statistic, row.layer, row.component, row.condition, row.position)
-
-    def __str__(self) -> str:
-        layer = "" if self.layer is None else f"layer {self.layer}"
-        named = (self.probe, self.statistic, layer, self.component, self.condition, self.position)
-        return "/".join(filter(None, named))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from hopeprobe.cells import NONE, number
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.opening import WindowMaker, as_list, check_no_hooks, open_checkpoint
 from hopeprobe.probes import PROBES
+from hopeprobe.results import Address
 from hopeprobe.stats.verdict import Verdict
 
-from .baseline import Address, Baseline, Tracked, current_versions
+from .baseline import Baseline, Tracked, current_versions
 from .measuring import by_address, described_checkpoints
 
 if TYPE_CHECKING:

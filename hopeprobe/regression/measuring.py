@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from hopeprobe.analysis import analyze, chosen_probes
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.opening import WindowMaker, as_list, open_checkpoint
+from hopeprobe.results import Address
 from hopeprobe.stats.drift import spread
 from hopeprobe.stats.histogram import RESOLUTION
 from hopeprobe.tokens import TokenData
 
-from .baseline import Address, Baseline, Settings, Tracked, current_versions, with_tolerances
+from .baseline import Baseline, Settings, Tracked, current_versions, with_tolerances
 
 if TYPE_CHECKING:
     import os

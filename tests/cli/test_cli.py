@@ -199,6 +199,32 @@ def test_train_then_resume(call, text, tmp_path):
     assert "learning_rate was 0.003, is 0.5" in changed.err
 
 
+def test_probes_run_while_it_trains(call, text, tmp_path):
+    given = (
+        "train",
+        "--preset",
+        "nano",
+        "--steps",
+        2,
+        "--batch",
+        1,
+        "--data",
+        text,
+        "--out",
+        tmp_path / "run",
+    )
+    done = call(*given, "--probe", "surprise", "--probe-every", 2, "--probe-tokens", 100)
+    assert done.code == 0, done.err
+    assert "probes every 2 steps" in done.out
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["probes" in line for line in logged] == [False, True]
+    assert logged[1]["probes"]["surprise/mean_loss/live"]["value"] > 0
+    wrong = call(*given[:-1], tmp_path / "other", "--probe", "surprize")
+    assert wrong.code == 2
+    assert "did you mean 'surprise'" in wrong.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_gate_is_trained_with_kept_and_replaced(call, text, tmp_path):
     out = tmp_path / "run"
     gate = ["--gate", "excess", "--budget", "0.25"]

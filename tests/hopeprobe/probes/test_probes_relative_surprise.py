@@ -14,7 +14,7 @@ from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.probes.gated import Cell, area_weights, cells_of, gate_of, less_random, prepare
 from hopeprobe.probes.relative_surprise import BEATS, LOSES, NOT_TOLD, RelativeSurprise
-from hopeprobe.probes.write_utility import _correlated, utilities
+from hopeprobe.probes.write_utility import _correlated, of_sample, utilities
 from hopeprobe.stats import GroupedMean
 from hopeprobe.subject import GateRule, load
 from hopeprobe.tokens import EvalWindows
@@ -225,6 +225,17 @@ def test_every_rule_can_be_run(toy_run, toy_data):
             cell
         )  # its own gate never closes
     assert (subject.run(*as_tensors(batch)).losses == before).all()
+
+
+def test_a_window_of_one_tick_says_nothing_of_utility(toy_run, toy_data):
+    """No token there has a later one: its window is left out, and not a warning."""
+    subject = load(toy_run / "step-000040.pt")
+    windows = EvalWindows(toy_data, "all", context=32, tokens=5)
+    found = of_sample(subject, None, windows, (0.25,))
+    assert {f.measurement.place.statistic for f in found} == {"utility_correlation", "overlap"}
+    for finding in found:
+        if finding.measurement.place.statistic == "utility_correlation":
+            assert math.isnan(finding.measurement.estimate.value)
 
 
 def test_what_never_writes_has_no_gate(toy_data, tmp_path):
