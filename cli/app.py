@@ -320,11 +320,18 @@ def hooks(
 
 
 @app.command()
-def probes() -> None:
-    """List the probes and the question each answers."""
-    from hopeprobe.cli.listing import show_probes
+def probes(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROBE...]", help="Show the definition of these.")
+    ] = None,
+) -> None:
+    """List the probes and the question each answers; with names, definition, range, nulls, cost and source."""
+    from hopeprobe.cli.listing import show_definitions, show_probes
 
-    show_probes()
+    if names:
+        show_definitions(names)
+    else:
+        show_probes()
 
 
 @app.command()

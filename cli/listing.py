@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from hopeprobe.cli.terminal import console
+from hopeprobe.cli.terminal import console, say
 from hopeprobe.errors import BadInputError
 
 #: The study's section 3: "~19M", "~73M", and its Transformer matched in size.
@@ -48,6 +48,16 @@ def show_probes() -> None:
     for name, probe in PROBES.items():
         table.add_row(name, probe.question)
     console().print(table)
+
+
+def show_definitions(names: list[str]) -> None:
+    """Print what each of these probes measures. Raises BadInputError for one that there is not."""
+    from hopeprobe.probes import get_probe
+
+    chosen = [get_probe(name) for name in names]
+    screen = console()
+    for i, probe in enumerate(chosen):
+        say(screen, ("\n\n" if i else "") + f"{probe.name}\n{'-' * len(probe.name)}\n{probe.describe()}")
 
 
 def show_params() -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
+from hopeprobe.notebook import progress_of
 from hopeprobe.nulls import (
     FRESH_TOKENS,
     Beside,
@@ -75,7 +76,7 @@ def analyze(
         fresh: re-initialisations of the fresh-init null, 0 for none; without them nothing is `learned`.
         fresh_tokens: tokens that each of them is measured on, at most.
         cache_dir: where tokens and nulls are kept.
-        progress: told what is being done.
+        progress: told what is being done; None for a bar in a notebook, and nothing elsewhere.
 
     Returns:
         One row for each statistic, layer and component, its nulls beside it. `missing_from(results)` lists
@@ -107,8 +108,8 @@ def analyze(
         # Opened again when there are several: they need not all fit into memory at once.
         subject = subject if len(given) == 1 else _gated(open_checkpoint(checkpoint), gate, windows)
         cache = NullCache.default(cache_dir)
-        run = _Run(subject, label, windows, fresh, fresh_tokens, cache, progress, gate)
-        with blas_threads(1):
+        with progress_of(progress) as told, blas_threads(1):
+            run = _Run(subject, label, windows, fresh, fresh_tokens, cache, told, gate)
             run.measure(chosen)
         results.extend(run.rows, run.null_rows)
         described.append(run.describe())

@@ -108,7 +108,7 @@ class Monitor:
             try:
                 results = analyze(
                     subject, self.probes, self.data, self.tokens, self.split, batch=self.batch, gate=self.gate,
-                    fresh=0, cache_dir=self.cache_dir,
+                    fresh=0, cache_dir=self.cache_dir, progress=silent,
                 )  # fmt: skip
             except MeasurementError as error:
                 return {"probes": {}, "missing": [str(error)]}
@@ -192,6 +192,10 @@ class Watching:
             except OSError as problem:
                 raise BadInputError(f"cannot write {self.log}: {problem.strerror or problem}") from None
         return found
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Tell nobody: training has a bar of its own."""
 
 
 def _copied(subject: Subject, step: int) -> Subject:

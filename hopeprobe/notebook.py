@@ -1,19 +1,21 @@
-"""Results as a notebook shows them: verdicts first, then every number beside its nulls.
+"""What notebooks show: results with their verdicts first, then every number beside its nulls, and a bar on long work.
 
-One piece of HTML that needs nothing else: no script, no style sheet, nothing from the network. Every text is
-escaped.
+Pieces of HTML that need nothing else: no script, no style sheet, nothing from the network. Every text is escaped.
 """
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hopeprobe.cells import COLUMNS, by_probe, lines, notes
 from hopeprobe.stats.verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from hopeprobe.results import Results
 
@@ -27,6 +29,7 @@ _FAILED = "#c04a00"
 _CELL = "padding:2px 10px 2px 0;vertical-align:top"
 _TEXTS = ("checkpoint", "probe", "statistic", "layer", "component", "other nulls", "verdict")
 _OPEN = 40  # rows of one probe that are shown unfolded
+_SECONDS = 0.2  # between two changes of a bar
 
 
 def as_html(results: Results) -> str:
@@ -93,3 +96,50 @@ def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
 def _coloured(verdict: str, text: str | None = None) -> str:
     colour = _COLOURS.get(Verdict(verdict), _FAILED)
     return f'<span style="color:{colour}">{escape(verdict if text is None else text)}</span>'
+
+
+@contextlib.contextmanager
+def progress_of(
+    given: Callable[[str, int, int], None] | None,
+) -> Iterator[Callable[[str, int, int], None] | None]:
+    """What is told of progress: what was given, else a bar in a notebook, which goes when all is done, else nothing."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if given is not None or not hasattr(shell, "kernel"):
+        yield given
+        return
+    bar = _Bar()
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Bar:
+    """A progress bar in the output of a cell, drawn once there is something to tell."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+        self.last = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last < _SECONDS and done != total:
+            return
+        self.last = now
+        from IPython.display import display
+
+        far = f'value="{int(done)}" max="{int(total)}"' if total else ""
+        count = f"{done}/{total}" if total else str(done)
+        page = {
+            "text/html": f"<div><progress {far}></progress> {escape(what)} {count}</div>",
+            "text/plain": "",
+        }
+        if self.handle is None:
+            self.handle = display(page, raw=True, display_id=True)
+        else:
+            self.handle.update(page, raw=True)
+
+    def close(self) -> None:
+        if self.handle is not None:
+            self.handle.update({"text/plain": ""}, raw=True)

@@ -321,6 +321,12 @@ def test_hooks_probes_params(call, trained):
     )
     listed = call("probes").out
     assert [name for name in PROBES if name not in listed] == []
+    told = call("probes", "surprise", "cms-similarity")
+    assert told.code == 0
+    for name in ("surprise", "cms-similarity"):
+        assert PROBES[name].describe() in told.out
+    wrong = call("probes", "surprise", "surprize")
+    assert (wrong.code, "did you mean 'surprise'" in wrong.err, wrong.out) == (2, True, "")
     params = call("params").out
     assert all(size in params for size in ("~19M", "~73.1M", "23.13M", "80.37M"))
 

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from hopeprobe.cells import interval, lines, notes, number
+from hopeprobe.notebook import progress_of
 from hopeprobe.results import NullRow, ResultRow, Results
 from hopeprobe.stats import Verdict
 
@@ -138,3 +139,73 @@ def test_notes_are_said_once_and_counted():
     many = notes([row(note=f"note {i}") for i in range(9)])
     assert many == [*(f"note {i}" for i in range(6)), "and 3 more notes"]
     assert notes([row()]) == []
+
+
+class Kernel:
+    """As far as a notebook's shell is asked for: it has a kernel."""
+
+    kernel = object()
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What a notebook would be sent: the first display, then its updates."""
+    import IPython
+    import IPython.display
+
+    sent = []
+
+    class Handle:
+        def update(self, data, raw):
+            sent.append(data)
+
+    def display(data, raw, display_id):
+        assert raw
+        assert display_id
+        sent.append(data)
+        return Handle()
+
+    monkeypatch.setattr(IPython, "get_ipython", Kernel)
+    monkeypatch.setattr(IPython.display, "display", display)
+    return sent
+
+
+def test_a_notebook_shows_a_bar_that_goes_when_all_is_done(displayed, monkeypatch):
+    monkeypatch.setattr("hopeprobe.notebook._SECONDS", 0.0)
+    with progress_of(None) as told:
+        told("a <b>", 1, 4)
+        told("a <b>", 4, 4)
+        told("tokens", 7, 0)
+    assert displayed[0]["text/html"] == '<div><progress value="1" max="4"></progress> a &lt;b&gt; 1/4</div>'
+    assert displayed[2]["text/html"] == "<div><progress ></progress> tokens 7</div>"
+    assert displayed[-1] == {"text/plain": ""}
+
+
+def test_a_bar_is_not_drawn_more_often_than_eyes_see(displayed):
+    with progress_of(None) as told:
+        for done in range(1000):
+            told("batches", done, 1000)
+        told("batches", 1000, 1000)
+    assert 3 <= len(displayed) < 50, "the first, the last, the end, and one now and then"
+
+
+def test_elsewhere_nothing_is_drawn(displayed, monkeypatch):
+    import IPython
+
+    def mine(*_):
+        pass
+
+    with progress_of(mine) as told:
+        assert told is mine, "what was given is what is told"
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)
+    with progress_of(None) as told:
+        assert told is None
+    assert displayed == []
+
+
+def test_an_analysis_in_a_notebook_has_a_bar(displayed, toy_run, settings):
+    from hopeprobe.analysis import analyze
+
+    analyze(toy_run / "step-000040.pt", "surprise", **settings)
+    assert any("step-000040.pt" in one.get("text/html", "") for one in displayed)
+    assert displayed[-1] == {"text/plain": ""}
