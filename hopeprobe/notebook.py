@@ -127,7 +127,7 @@ class _Bar:
         if now - self.last < _SECONDS and done != total:
             return
         self.last = now
-        from IPython.display import display
+        import IPython.display
 
         far = f'value="{int(done)}" max="{int(total)}"' if total else ""
         count = f"{done}/{total}" if total else str(done)
@@ -136,7 +136,8 @@ class _Bar:
             "text/plain": "",
         }
         if self.handle is None:
-            self.handle = display(page, raw=True, display_id=True)
+            show: Any = IPython.display.display  # not typed
+            self.handle = show(page, raw=True, display_id=True)
         else:
             self.handle.update(page, raw=True)
 
