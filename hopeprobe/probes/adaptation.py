@@ -27,6 +27,13 @@ Nulls: own-init and fresh-init of the same difference, since CMS writes of an un
 Where swapping changes nothing and resetting does, sequences share fast weights: `no-signal`, and all other rows are
 undecided, as they are where the control is not 0 (0.001 nats).
 
+Reading. Negative and `learned`: writing helps, more than it does before training. `at-init` is a result too: writes
+change no more than in a model that learned nothing. `swapped` that costs as much as `reset` is memory of this
+sequence; `reset` alone that costs is an offset that suits all.
+
+Fails. It knows windows of the model's context only: a memory that pays later is not seen. Frozen is how the model was
+not trained, so that a loss may rise because slow weights count on writes, not because these remember.
+
 Cost: 12 passes, 4 without a middle; as many for the initial model and, on 4,096 tokens, for each fresh one. Memory:
 some numbers for each group of documents. Source: "Dissecting HOPE", section 4.3, which reads "a learned
 initialization offset rather than continual online adaptation" off the drift of meta weights alone.

@@ -20,6 +20,12 @@ Nulls: own-init and fresh-init of the same difference. Smallest effect, 0.01 nat
 ablation changes no loss there is `no-signal`. The redundancy is as undecided as what the pair buys. A model with one
 level has no pair: `n/a`.
 
+Reading. A negative `loss_change` of a level is what the loss gains by it; a positive redundancy, that one would do
+for both. Levels that are alike (`cms-similarity`) and not redundant here add to each other.
+
+Fails. A mean in the place of an activation is a state that the model never met: a large change can be that shock, and
+not what the level knew. Small differences of large losses need many documents: see `min_detectable`.
+
 Cost: a pass live, a pass for the means, a pass for each level and each pair of levels; as many for the initial model
 and, on 4,096 tokens, for each fresh one. Memory: 64·8·d bytes a layer and level. Source: "Dissecting HOPE", section
 4.2, which calls levels redundant because their outputs are alike, and 4.1, which trains without any.

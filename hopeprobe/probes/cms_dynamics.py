@@ -25,6 +25,13 @@ weights are the same at two checkpoints; `collapsed`: weights that are all zero.
 size, and on weights as `movement.py` says, on the norm with a smallest effect of 0.01 ‖θ_0‖; `checkpoint_drift` is a
 descriptor.
 
+Reading. Set `weight_norm` and distances beside own-init: a norm that training did not change is the initialiser's,
+however round it looks. `writes` below 1 with open gates is a level that no gradient reaches or whose learning rate is
+0.
+
+Fails. How much a level moves says nothing of what it is worth: `cms-contribution` ablates it, `adaptation` stops its
+writes. Checkpoints far apart hide movement there and back.
+
 Cost: 6 initial models, each earlier checkpoint of the run read once, and some 6,000 tokens read (half of them by the
 initial model and fresh ones; 1 min for `small` on one core); memory is that of all fast weights for 4 windows, twice.
 

@@ -29,6 +29,13 @@ number of tokens that act like one (of a document they are alike): 0.004 for a t
 32,768 tokens. The jackknife of second order takes that off; where it cannot, as under 80 tokens a dimension, the
 row has the plain value, no interval, and is `inconclusive`. Fresh initialisations are compared by the plain value.
 
+Reading. Read differences to own-init, never the cosine alone: outputs share their input, so they are alike before any
+training; `delta_*` is what the levels themselves add. Redundant in use is another question: the redundancy of
+`cms-contribution`.
+
+Fails. A high cosine or CKA can be one direction that all tokens share, which an effective rank near 1 gives away; and
+two levels can be alike in what they add and still be needed both, as what they add is a sum.
+
 Cost: for L levels, L(L + 1)/2 products of [T, d] matrices a window, layer and kind; 64·8·d² bytes for each
 (34 MB at d = 256, so 1.2 GB for six layers of two levels); then 73 times, a layer and kind, the eigenvalues
 [d, d] of each level and two triangular solves a pair.

@@ -30,6 +30,13 @@ it as it was at initialisation: in G groups of documents without a dropped token
 confidence and if groups drop all or nothing. That takes the 59 groups in which it is 0.95. A gate that is not 0 or
 1, or is not what it declares, is not measured.
 
+Reading. A rate of 1 is no gate. Where it selects, the differences say what it keeps, against a gate at random: rare
+tokens, as a rule, since those surprise. `selecting_loss` beside the mean loss says how far training is from where
+this threshold would begin to.
+
+Fails. That a gate selects does not say that it selects well: `relative-surprise` asks what the loss gains. Rates over
+thresholds are those of a gate that would not change what is written, and so the losses that follow.
+
 Cost: one pass. Memory: 64 groups of some forty numbers. Source: "Dissecting HOPE", section 4.4, where all tokens
 pass at every threshold in use, and its limitation (a), that lower losses could let the gate select.
 """

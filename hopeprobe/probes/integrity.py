@@ -25,6 +25,14 @@ moved. Where they did move, as far as training can, every row is `inconclusive`:
 failed, or a text of another kind. Otherwise the rule decides on the loss; a distance or a count alone decides
 nothing.
 
+Reading. Look here first. `untrained` says that every other number is the initialiser's, whatever the file is called.
+`learned` says that training lowered the loss of the slow weights; how far it lies below `unigram` says whether they
+use context.
+
+Fails. It asks of these weights and this text: a run that started from other weights than its seed gives (a model
+fine-tuned from another) is set against the wrong start, which the distances then show; and on a text that the model
+cannot read a trained one looks untrained.
+
 Cost: one pass, and three initial models. Source: "Dissecting HOPE", sections 4.2–4.4, whose figures are those
 of a model whose trained weights were never loaded, set against another initialisation.
 """

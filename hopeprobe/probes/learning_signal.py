@@ -16,6 +16,12 @@ this parameter but weight decay. That takes a window longer than every write per
 shorter one a write is not read, and no gradient comes back through it. Otherwise the rule decides whether the signal
 differs from that of an untrained model; where that has none, there is no ratio, and the row is `inconclusive`.
 
+Reading. `no-signal` is a cut graph, as a rule: a defect of the training code, and no property of the mechanism. A
+norm that is small and not zero does not mean that little is learned: Adam divides by it.
+
+Fails. The gradient is that of the weights as they are: a parameter that was reached earlier and no longer is has
+none, and one of a clipped or frozen group has one that training never applied.
+
 Cost: one backward for each of 32 windows of 64 tokens or so (`sample.py`), for the initial model as well, and 32 for
 fresh ones; 40 s for `tiny`, 4 min for `small` on one core. Checkpoints of one run share the last two. Gradients that
 parameters hold (`.grad`), `requires_grad` and the training mode stay as they are.

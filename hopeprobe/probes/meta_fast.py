@@ -36,6 +36,13 @@ nothing is left, not that anything was learned; `no-signal` where the drift is 0
 the write gate opens at no token, so that fast weights are never shown, and for outputs that are those of meta weights.
 Only then the rule. Windows of different text with one and the same fast weights are an error, and no measurement.
 
+Reading. Drift beside norm ratio: a drift of 1 with a ratio of 0 is a memory that is gone, one with a ratio near 1 is
+one that turned. `decay_part` and `write_part` say which of the two did it, `logit_kl` whether any of it reaches the
+prediction.
+
+Fails. How far weights move says nothing of what for: only `adaptation` asks for the loss. Decay and writes are split
+by the rule that the model declares; a model that declares another than it follows is measured wrongly.
+
 Cost: in the live pass, fast weights are assembled in the ticks that end at the positions, and nowhere else. Outputs are
 read in one window for each group of documents, 40 full windows at most: as many tokens read live as that, and three
 readings at each position; the same for the initial model, and 8 windows for each of 4 fresh ones.

@@ -24,6 +24,14 @@ discovery rate of 5 % over all rules, budgets, mechanisms and areas of the check
 rule of `hopeprobe.stats.verdict`: better than random, and by more than in untrained models. Where no gate changes any
 loss nothing depends on what is written: `no-signal`.
 
+Reading. `loss_difference` below 0 with "beats random" is a rule that knows something; `inconclusive` rows say what
+difference would have been seen. Where the oracle gains and no rule's score goes with utility, there is something to
+choose and nobody knows it.
+
+Fails. A budget counts tokens, not what they write: a surprising token's gradient is larger, so that such a rule also
+takes larger steps. The oracle takes tokens one at a time and knows the losses that it is measured by. Rules are tried
+on a model that was trained with another gate.
+
 Cost: as many passes as there are cells, 104 for a model with two mechanisms; as many for its initial weights, and on
 1,024 tokens for fresh ones. So of more than 8,192 tokens the first are taken that fill a window for each group of
 documents; `RelativeSurprise(all_tokens=True)` takes all. Memory: some numbers for each cell and group. Source:

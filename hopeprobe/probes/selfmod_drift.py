@@ -7,6 +7,13 @@ of `movement.py`. Layer and component say which; a memory over all layers has no
 The weights measured here are the slow ones, which the optimiser trains; what a memory writes while it reads is
 not in them.
 
+Reading. A distance near the range of `fresh-init` is that of another initialisation: the trained weights were not
+loaded, or the start is not this run's. Where parameters settle within a few steps, `learning-signal` says whether the
+loss still reaches them.
+
+Fails. A distance says how far weights went, not whether that helped, which is `adaptation`'s to say; weight decay
+alone moves them too.
+
 Cost: no pass; K + 1 = 6 initial models, and each earlier checkpoint of the run is read once.
 
 Source: "Dissecting HOPE", section 4.3, which follows 84 parameters and finds drift of 13 in the large

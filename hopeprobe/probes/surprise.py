@@ -20,6 +20,12 @@ the tokens measured belong to it, the row says so. A correlation with a loss tha
 Verdicts are the rule's. Where the model has a `hook_surprise`, it must show the losses that the pass gives (to
 1e-4 nats and what its number format rounds): else nothing is reported, as that point measures something else.
 
+Reading. `excess_over_unigram` below 0 is the least that a model of text must reach; above it no gate's surprise means
+much. Beside ln V it shows a loss that only the scale of an initialisation gives.
+
+Fails. The mean is that of this text: another text, or other windows, move it by more than most mechanisms do. Compare
+checkpoints on the same tokens.
+
 Cost: one pass. Memory: 64 groups of five numbers, and some thousand counts. Source: "Dissecting HOPE", section 4.4:
 mean 66.7, standard deviation 16.5, smallest 9.3, p10 45.0, where ln V is 10.8: what an untrained model with a tied
 N(0, 1) embedding gives.
