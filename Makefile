@@ -7,7 +7,7 @@ PEERS_INSTALLED := .venv-peers/.installed
 # Tests run two at a time, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-peers peers reconstruction lint types format bench clean
+.PHONY: demo test test-slow test-peers peers reconstruction reference lint types format bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +41,9 @@ test-peers: $(PEERS_INSTALLED)
 
 reconstruction: $(PEERS_INSTALLED)
 	OMP_NUM_THREADS=1 $(PEERS)/python examples/reconstruction.py
+
+reference: $(INSTALLED)
+	$(BIN)/python examples/reference.py build/reference
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
