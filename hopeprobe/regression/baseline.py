@@ -53,7 +53,7 @@ class Tracked:
         verdicts: of these.
         ci_low, ci_high: 95 % intervals of the values over documents; NaN where none is claimed.
         smallest_effect: the smallest difference that its probe holds to be of interest.
-        noise: what arithmetic in another order can change.
+        noise: what arithmetic in another order can change; between seeds, the least spread that it can have.
         tolerance: what may change without being a regression; the file may say another.
 
     """

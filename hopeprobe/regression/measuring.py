@@ -34,6 +34,7 @@ _SPREADS = 2.0  # between seeds, the tolerance where none is given
 _RELATIVE = 1e-5  # of a number in float32, summed in another order
 _OF_ERROR = 1e-3  # of a standard error over documents: for numbers about 0
 _AGAIN = 10.0  # times what another batch size changed: it is one draw of what can happen
+_BIN = 2.5 * RESOLUTION  # a value is within RESOLUTION of its bin's middle, so that bins are twice as wide
 _TOKENS = 2.0  # that fall on the other side of a line
 
 
@@ -187,7 +188,10 @@ def _tracked(
         if len(rows) < n or any(math.isnan(row.value) for row in rows):
             unmeasured.append(address)
             continue
-        noise = max(_rounding(row, row.probe in counting) for row in rows)
+        counts = rows[0].probe in counting
+        noise = max(_rounding(row, counts) for row in rows)
+        if n > 1 and counts:  # of rare tokens other seeds have other ones, as other documents do
+            noise = max(noise, *(_error(row) for row in rows))
         if again is not None:
             other = seen_again.get(address)
             if other is None or math.isnan(other[0].value):
@@ -215,13 +219,18 @@ def _tolerance(one: Tracked) -> float:
     return max(_SPREADS * spread(one.values), of_interest)
 
 
+def _error(row: ResultRow) -> float:
+    """Standard error over documents, 0 where no interval is claimed."""
+    return 0.0 if math.isnan(row.ci_low) else (row.ci_high - row.ci_low) / 4
+
+
 def _rounding(row: ResultRow, counting: bool) -> float:
     """What another order of sums can do to a number, and to one that counts tokens, one or two across a line."""
     parts = [_RELATIVE * abs(row.value)]
     if row.n_tokens and math.isnan(row.ci_low):
-        parts.append(2 * RESOLUTION * abs(row.value))  # a quantile: its histogram's next bin
+        parts.append(_BIN * abs(row.value))  # a quantile: its histogram's next bin
     elif row.n_tokens:
-        error = (row.ci_high - row.ci_low) / 4
+        error = _error(row)
         parts.append(_OF_ERROR * error)
         if counting:  # one of n tokens moves a mean by 1/n of their range, 2/√n of its error or so
             parts.append(2 * _TOKENS * error / math.sqrt(row.n_tokens))

@@ -39,9 +39,35 @@ def test_equal_seeds_have_a_spread_of_exactly_nothing():
     assert spread([0.1] * 7) == 0.0
     drift = between_seeds([0.1] * 7, [0.1], 5)
     assert (drift.difference, drift.low, drift.high, drift.resolution) == (0, 0, 0, 0)
-    assert between_seeds([0.1] * 7, [0.1], 5, noise=0.5).low == -0.5
     assert between_seeds([1.0, 1.0], [1.25], 5).beyond(0.2)
-    assert not between_seeds([1.0, 1.0], [1.25], 5, noise=0.1).beyond(0.2)
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=6), NUMBERS, st.floats(1e-6, 10))
+def test_noise_is_a_spread_that_every_number_has(baseline, value, noise):
+    plain, noisy = (between_seeds(baseline, [value], 5, noise=f) for f in (0.0, noise))
+    floor = between_seeds([0.0] * len(baseline), [0.0], 5, noise=noise)
+    np.testing.assert_allclose(
+        noisy.high - noisy.difference,
+        math.hypot(plain.high - plain.difference, floor.high),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    np.testing.assert_allclose(
+        floor.high, stats.t.ppf(0.999, len(baseline) - 1) * noise * math.sqrt(1 + 1 / len(baseline))
+    )
+
+
+def rounded(step):
+    """Numbers that come in steps, as quantiles by a histogram do: seeds often agree."""
+    return lambda rng, shape: np.round(rng.normal(scale=0.4 * step, size=shape) / step) * step
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_numbers_that_seeds_agree_on_raise_no_alarm_where_their_steps_are_known(n):
+    alarms, _ = simulate(rounded(1.0), n, together=12, runs=500, tolerance=0.0)
+    assert alarms > 0.2, "without noise a spread of nothing calls any other value a change"
+    alarms, _ = simulate(rounded(1.0), n, together=12, runs=1500, tolerance=0.0, noise=1.0)
+    assert alarms <= ALARMS + 3 * 0.0026
 
 
 def test_on_the_same_tokens_nothing_is_drawn():
@@ -69,7 +95,7 @@ def test_what_cannot_be_compared(call, message):
         call()
 
 
-def simulate(draw, n, together, runs, shift=0.0, tolerance=2.0, seed=0):
+def simulate(draw, n, together, runs, shift=0.0, tolerance=2.0, seed=0, noise=0.0):
     """Whole checks of `together` numbers: the share of alarms, and how often a shift of the stated size is found.
 
     tolerance: in standard deviations of the baseline. shift: added to the first number, in the stated size.
@@ -83,9 +109,9 @@ def simulate(draw, n, together, runs, shift=0.0, tolerance=2.0, seed=0):
             allowed = tolerance * spread(row[:n])
             new = row[n]
             if shift and i == 0:
-                stated = allowed + between_seeds(row[:n], row[:1], together).resolution
+                stated = allowed + between_seeds(row[:n], row[:1], together, noise).resolution
                 new += shift * max(stated, 2 * allowed)
-            moved.append(between_seeds(row[:n], [new], together).beyond(allowed))
+            moved.append(between_seeds(row[:n], [new], together, noise).beyond(allowed))
         alarms += any(moved)
         found += moved[0]
     return alarms / runs, found / runs
