@@ -186,7 +186,9 @@ def test_every_probe_measures_it_or_says_why_not(variant, text, tmp_path):
     if not memories:
         expected |= {"selfmod-drift"}
     if not WRITTEN[variant]:
-        expected |= {"meta-fast", "adaptation", "gate-selectivity"}
+        expected |= {"meta-fast", "adaptation", "gate-selectivity", "relative-surprise"}
+    if VARIANTS[variant].no_threshold:  # every token is written: another rule would be another variant
+        expected |= {"relative-surprise"}
     assert absent == expected
     assert table[table.verdict == "n/a"].note.str.len().min() > 0
 

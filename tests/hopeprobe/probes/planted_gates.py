@@ -63,11 +63,13 @@ class Planted(Subject):
         remembered = gate.init_state(len(tokens), self.own)
         written = seen = torch.zeros(len(tokens), dtype=torch.float64)
         losses = []
+        every_own, every_worth = self.drawn(tokens)
         for start in range(0, targets.shape[1], TICK):
             here = targets[:, start : start + TICK]
+            own, worth = (each[:, start : start + TICK] for each in (every_own, every_worth))
             share = torch.where(seen > 0, written / seen.clamp_min(1e-9), 0.0)
             known = scored[:, start : start + TICK]
-            loss = self.module.hook_surprise((self.own[here] - self.gain * share[:, None]) * known)
+            loss = self.module.hook_surprise((own - self.gain * share[:, None]) * known)
             unigram = torch.zeros_like(loss)
             decided = gate.decide(
                 Seen(loss, torch.where(known, here, -1), unigram, unigram, None),
@@ -77,10 +79,14 @@ class Planted(Subject):
             remembered = decided.state
             self.module.hook_gate_score(decided.score[:, 0])
             passed = self.module.memory_hook_write_gate(decided.gate[:, 0])
-            written = written + (passed * self.worth[here]).sum(1)
-            seen = seen + (self.worth[here] * known).sum(1)
+            written = written + (passed * worth).sum(1)
+            seen = seen + (worth * known).sum(1)
             losses.append(loss)
         return WindowLosses(torch.cat(losses, 1), scored, None)
+
+    def drawn(self, tokens):
+        """Own loss and worth of every target of windows [R, L + 1]."""
+        return self.own[tokens[:, 1:]], self.worth[tokens[:, 1:]]
 
     def write_periods(self):
         return {"memory": TICK}
@@ -123,8 +129,29 @@ class Orphan(Planted):
         raise MissingCapability("planted: no initial weights")
 
 
-def exchangeable(seed):
-    """Worth and loss of a token have nothing to do with each other."""
+class Exchangeable(Orphan):
+    """Own loss and worth are drawn anew wherever a token stands, the same ones whenever the window is read again.
+
+    Were they of the token, a vocabulary of 400 would relate the two by chance, in every document alike: a rule could
+    truly win.
+    """
+
+    def drawn(self, tokens):
+        own, worth = [], []
+        for row in tokens.numpy():
+            rng = np.random.default_rng(row)
+            own.append(1.0 + rng.gamma(2.0, 2.0, len(row) - 1))
+            worth.append(rng.gamma(0.5, 1.0, len(row) - 1))
+        return torch.as_tensor(np.array(own)), torch.as_tensor(np.array(worth))
+
+
+def exchangeable():
+    """Nothing that is known of a token says what writing it is worth."""
+    return Exchangeable(np.zeros(VOCAB), np.zeros(VOCAB))
+
+
+def unrelated(seed):
+    """Worth and loss are the token's, and drawn apart."""
     rng = np.random.default_rng(10_000 + seed)
     return Orphan(1.0 + rng.gamma(2.0, 2.0, VOCAB), rng.gamma(0.5, 1.0, VOCAB))
 

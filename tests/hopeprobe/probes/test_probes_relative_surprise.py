@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from planted_gates import CONTEXT, GATE, TICK, VOCAB, Planted, carriers, exchangeable, text
+from planted_gates import CONTEXT, GATE, TICK, VOCAB, Planted, carriers, exchangeable, text, unrelated
 
 from hopeprobe.analysis import analyze
 from hopeprobe.conditions import as_tensors
@@ -49,7 +49,7 @@ def test_without_worth_nothing_depends_on_the_gate(tmp_path):
 
 
 def called(seed, tmp_path, probe=FEW):
-    results = measured(exchangeable(seed), text(seed), probe, cache_dir=tmp_path)
+    results = measured(exchangeable(), text(seed), probe, cache_dir=tmp_path)
     compared = [r for r in results.rows if r.statistic in ("loss_difference", "area_difference")]
     assert all(any(word in r.note for word in (BEATS, LOSES, NOT_TOLD)) for r in compared)
     return any(BEATS in r.note for r in compared)
@@ -67,7 +67,7 @@ def test_at_most_one_in_twenty_streams_of_equals_has_a_winner(tmp_path):
 
 def test_a_winner_among_equals_would_be_called_if_random_were_not_random(tmp_path, monkeypatch):
     """Were `random` to write the worst tokens, every rule would look good: the comparison is what decides."""
-    subject = exchangeable(3)
+    subject = unrelated(3)
     monkeypatch.setattr("hopeprobe.model.gate._chance", lambda chains, salt, seen: worst(subject, seen))
     results = measured(subject, text(3), cache_dir=tmp_path)
     assert any(BEATS in r.note for r in rows_of(results, "loss_difference"))
@@ -79,7 +79,7 @@ def worst(subject, seen):
 
 
 def test_utilities_are_what_later_tokens_lose():
-    subject, data = exchangeable(5), text(5)
+    subject, data = unrelated(5), text(5)
     batch = next(iter(EvalWindows(data, "all", context=CONTEXT, tokens=CONTEXT, batch=1)))
     targets = batch.tokens[0, 1:]
     own, worth = subject.own.numpy()[targets], subject.worth.numpy()[targets]
@@ -104,7 +104,7 @@ def test_utilities_are_what_later_tokens_lose():
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
     probe = RelativeSurprise(budgets=(0.25, 0.1), rules=("quantile",))
-    return measured(exchangeable(6), text(6), probe, cache_dir=tmp_path_factory.mktemp("cache"))
+    return measured(unrelated(6), text(6), probe, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
 def test_the_oracle_gains_where_rules_correlate_with_nothing(sampled):
@@ -250,7 +250,7 @@ def test_what_never_writes_has_no_gate(toy_data, tmp_path):
 def test_many_tokens_are_not_all_taken_unless_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr("hopeprobe.probes.relative_surprise.MOST_TOKENS", 10 * CONTEXT)
     monkeypatch.setattr("hopeprobe.probes.relative_surprise.GROUPS", 40)
-    subject, data = exchangeable(9), text(9)
+    subject, data = unrelated(9), text(9)
     probe = RelativeSurprise(budgets=(0.25,), rules=("quantile",), sample=False)
     results = measured(subject, data, [probe, "surprise"], cache_dir=tmp_path)
     assert {r.n_tokens for r in rows_of(results, "loss_difference")} == {40 * CONTEXT}
@@ -266,7 +266,7 @@ def test_wrong_settings_are_refused(toy_data, tmp_path):
     with pytest.raises(BadInputError, match="must fall"):
         RelativeSurprise(budgets=(1.0, 0.5))
     with pytest.raises(BadInputError, match="no gate rule 'quantil'; did you mean 'quantile'"):
-        measured(exchangeable(0), text(0), RelativeSurprise(rules=("quantil",)), cache_dir=tmp_path)
+        measured(exchangeable(), text(0), RelativeSurprise(rules=("quantil",)), cache_dir=tmp_path)
 
 
 def test_a_gate_that_lets_tokens_pass_in_part_is_no_measurement(tmp_path, monkeypatch):
@@ -283,7 +283,7 @@ def test_a_gate_that_lets_tokens_pass_in_part_is_no_measurement(tmp_path, monkey
 
 
 def test_the_absolute_rule_has_the_threshold_that_leaves_the_budget():
-    subject, data = exchangeable(8), text(8)
+    subject, data = unrelated(8), text(8)
     windows = EvalWindows(data, "all", context=CONTEXT, tokens=None)
     prepared = prepare(subject, windows)
     with subject.gated(GateRule("random", 1.0)):
