@@ -56,7 +56,8 @@ def make_baseline(
     Args:
         checkpoints: one: checks ask whether the same numbers come out of the same tokens. Several, each of another
             seed: whether those of another training run differ from them by more than they do from each other. Two
-            seeds are the least, five or more find changes of a useful size.
+            seeds are the least, and find next to nothing; of sixty numbers ten seeds find a change of 10 standard
+            deviations between seeds, five of 19.
         probes: as in `hopeprobe.analyze`.
         data: as there; tokens that are loaded already are not found again by a check, which must be given them.
         tokens: as there.
