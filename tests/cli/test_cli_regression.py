@@ -141,6 +141,7 @@ def test_wrong_files_for_a_check(call, trained, text, mech, tmp_path):
         assert "Traceback" not in done.err
 
 
+@pytest.mark.slow  # three trainings
 def test_several_seeds(call, text, tmp_path):
     """A grid's checkpoints: the third seed is within what the first two do; with two, little can be found."""
     from hopeprobe.model.config import ModelConfig

@@ -61,6 +61,7 @@ def test_a_run_logs_probes_beside_its_own_initial_weights(configs, toy_data, toy
     assert sorted({row.step for row in watch.results.rows}) == [3, 6]
 
 
+@pytest.mark.slow  # two trainings, and probes of every kind
 def test_training_does_not_notice(configs, toy_data, monitor, tmp_path):
     train(configs["toy"], TRAIN, toy_data, tmp_path / "plain")
     train(
@@ -120,6 +121,7 @@ def test_a_loop_of_ones_own(loop, monitor, tmp_path):
     assert sorted({row.step for row in watch.results.rows}) == [0, 3, 6, 7]
 
 
+@pytest.mark.slow  # gradients of many windows, at each of its steps
 def test_a_watched_loop_trains_the_same(subject_of, loop, monitor):
     alone = Loop(subject_of(), loop.tokens)
     state = torch.get_rng_state()
