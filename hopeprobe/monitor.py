@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hopeprobe.analysis import analyze, chosen_probes
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.results import Address, Results, nan_to_null
+from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens import TokenData, load_tokens
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from types import TracebackType
 
+    from torch import Tensor
     from typing_extensions import Self
 
     from hopeprobe.probes.base import Probe
@@ -90,7 +92,7 @@ class Monitor:
         self.probes = chosen_probes(probes)
         self.data, self.tokens, self.every, self.split = data, tokens, every, split
         self.gate, self.batch, self.writer, self.cache_dir = gate, batch, writer, cache_dir
-        self.results = Results()
+        self.results, self.last = Results(), -1
 
     def __call__(self, run: TrainingRun) -> dict[str, Any] | None:
         """Measure a run where a measurement is due: what goes into the step's line of `metrics.jsonl`, or None."""
@@ -99,8 +101,8 @@ class Monitor:
     def measure(self, subject: Subject, step: int) -> dict[str, Any]:
         """Measure now: {"probes": {address: numbers}} in plain data, and "missing" where there is something.
 
-        Rows are added to `results` too. What could not be measured ends no training. Raises BadInputError where
-        nothing could ever be: other tokens than the model's, hooks on the model.
+        Rows are added to `results` too, which holds those of the latest run. What could not be measured ends no
+        training. Raises BadInputError where nothing could ever be: other tokens than the model's, hooks on the model.
         """
         if not isinstance(self.data, TokenData):
             self.data = load_tokens(self.data, tokenizer=subject.tokenizer, cache_dir=self.cache_dir)
@@ -112,6 +114,9 @@ class Monitor:
                 )  # fmt: skip
             except MeasurementError as error:
                 return {"probes": {}, "missing": [str(error)]}
+        if step <= self.last:  # another run, or this one from an earlier step
+            self.results = Results()
+        self.last = step
         self.results.extend(results)
         if self.writer is not None:
             for row in results.rows:
@@ -144,8 +149,9 @@ class Monitor:
 class Watching:
     """A training loop under watch: `step()` after each of its steps.
 
-    The weights on entry are the own-init of everything; they are measured too, and so is the last step unless an
-    error ends the loop.
+    The weights on entry are the own-init of everything: `untrained` says untrained by this loop. They are measured
+    too, and so is the last step unless an error ends the loop. What a file says of the model, how it was trained and
+    which checkpoints its run has, does not hold for the loop, and is not there for probes that ask.
 
     Args:
         monitor: what is measured and when.
@@ -180,7 +186,7 @@ class Watching:
 
     def _measure(self) -> dict[str, Any]:
         now = self.first if self.measured is None else _copied(self.subject, self.steps)
-        now.own_init = lambda: self.first  # type: ignore[method-assign]
+        _live(now, self.first, self.steps)
         found = self.monitor.measure(now, self.steps)
         self.measured = self.steps
         if self.log is not None:
@@ -199,6 +205,7 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 
 def _copied(subject: Subject, step: int) -> Subject:
+    """A copy that shares nothing with what is trained. Raises BadInputError where the model cannot be copied."""
     import torch
 
     try:
@@ -207,11 +214,30 @@ def _copied(subject: Subject, step: int) -> Subject:
         raise BadInputError(
             f"{subject.name} cannot be copied, and what is measured must not touch what is trained: {error}"
         ) from error
-    made.trained_steps, made.name = step, f"step {step}"
     if isinstance(made.module, torch.nn.Module):
         made.module.zero_grad(set_to_none=True)
         made.module.eval()
-    return made
+    return _live(made, made, step)
+
+
+def _live(now: Subject, first: Subject, step: int) -> Subject:
+    """Make of a copy what a loop has at this step: its initial weights, and no file's word for anything.
+
+    With another gate it is still that: its class alone would take the weights of now for the initial ones.
+    """
+
+    def gone() -> Any:
+        raise MissingCapability(f"{now.name}: what is trained in a loop is no checkpoint of a run")
+
+    def with_gate(gate: GateRule, surprisal: Tensor | None = None) -> Subject:
+        make = type(now).with_gate
+        start = _live(make(first, gate, surprisal), first, 0)
+        return _live(make(now, gate, surprisal), start, step)
+
+    now.trained_steps, now.name, now.path = step, f"step {step}", None
+    now.own_init, now.siblings, now.training = (lambda: first), gone, gone  # type: ignore[method-assign]
+    now.with_gate = with_gate  # type: ignore[method-assign]
+    return now
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from hopeprobe.analysis import analyze
 from hopeprobe.errors import BadInputError
 from hopeprobe.model.train import TrainConfig, train
 from hopeprobe.monitor import Monitor
+from hopeprobe.subject import GateRule, load
 
 TRAIN = TrainConfig(
     steps=6, learning_rate=1e-2, warmup=1, checkpoint_every=3, eval_every=6, eval_tokens=100, batch=4
@@ -119,6 +120,44 @@ def test_a_loop_of_ones_own(loop, monitor, tmp_path):
     assert any(not torch.equal(before[n], t) for n, t in loop.subject.module.state_dict().items())
     assert loop.subject.trained_steps == 0, "the subject itself is as it was"
     assert sorted({row.step for row in watch.results.rows}) == [0, 3, 6, 7]
+
+
+def test_another_gate_is_set_beside_the_weights_on_entry_too(loop, monitor):
+    """Not beside the weights of now, which would make every number at-init."""
+    watch = monitor("surprise", every=2, gate=GateRule("random", 0.5))
+    with watch.watching(loop.subject) as watching:
+        for _ in range(2):
+            loop.step()
+            found = watching.step()
+    loss = found["probes"]["surprise/mean_loss/live"]
+    (first,) = [row for row in watch.results.rows if (row.statistic, row.step) == ("mean_loss", 0)]
+    assert loss["own_init"] == first.value != loss["value"]
+
+
+def test_a_files_word_is_not_the_loops(toy_run, monitor):
+    """Steps, optimiser and sibling checkpoints of the file that the loop began from say nothing of what it does."""
+    learner = load(toy_run / "step-000040.pt")
+    loop = Loop(learner, torch.randint(0, 97, (4, 33), generator=torch.Generator().manual_seed(0)))
+    watch = monitor(("integrity", "cms-dynamics"), every=2)
+    with watch.watching(learner) as watching:
+        for _ in range(2):
+            loop.step()
+            watching.step()
+    rows = [row for row in watch.results.rows if row.step == 2]
+    assert not any(row.statistic == "checkpoint_drift" and math.isfinite(row.value) for row in rows)
+    distances = [
+        row.value for row in rows if row.statistic == "distance_from_init" and row.probe == "integrity"
+    ]
+    assert 0 < max(distances) < 0.5, "from the weights on entry, not from those of step 0"
+
+
+def test_one_monitor_watches_a_run_after_another(subject_of, loop, monitor):
+    watch = monitor("surprise", every=1)
+    for _ in range(2):
+        with watch.watching(loop.subject) as watching:
+            loop.step()
+            watching.step()
+    assert sorted({row.step for row in watch.results.rows}) == [0, 1], "those of the latest"
 
 
 @pytest.mark.slow  # gradients of many windows, at each of its steps
