@@ -53,7 +53,7 @@ def run_baseline(
     made.write(output)
     screen = console()
     screen.print(_kept(made))
-    for line in _reading(made):
+    for line in filter(None, (*_reading(made), made.dead)):
         say(screen, line)
     say(screen, f"wrote {output}; compare with: hopeprobe check CKPT --baseline {output}")
     return 0
@@ -137,7 +137,9 @@ def _reading(made: Baseline) -> list[str]:
     if not made.of_seeds:
         expects = "the same numbers, and finds what differs by more than arithmetic in another order can"
         return [f"{what}, of one checkpoint on {where}: a check expects {expects}"]
-    expects = "another seed's, and raises a false alarm in at most one of a hundred"
+    expects = (
+        "another seed's, and raises a false alarm once in a hundred at most where seeds are spread normally"
+    )
     found = [f"{what}, of {seeds} seeds on {where}: a check expects {expects}"]
     if made.unresolved:
         found.append(

@@ -54,10 +54,11 @@ class Mechanism:
         """Fail the test where something moved or could not be measured, with the table of what; else give the check.
 
         checkpoints, data: as `hopeprobe.check` takes them. settings: further arguments of
-        `hopeprobe.make_baseline`, for a baseline that is not there yet. None when it was written.
+        `hopeprobe.make_baseline`, for a baseline that is not there yet; one that was made with others is no pass.
+        None when it was written.
         Raises BadInputError as those two.
         """
-        from hopeprobe.regression import check
+        from hopeprobe.regression import Baseline, changed, check
 
         __tracebackhide__ = True
         if self.update:
@@ -67,7 +68,15 @@ class Mechanism:
             pytest.fail(
                 f"{baseline} is not there: `pytest {UPDATE}` writes it, to be committed", pytrace=False
             )
-        found = check(checkpoints, baseline, data)
+        kept = Baseline.read(baseline)
+        others = changed(kept, settings)
+        if others:
+            pytest.fail(
+                f"{baseline} was made with other settings than the test asks for ({', '.join(others)}): "
+                f"`pytest {UPDATE}` writes it anew",
+                pytrace=False,
+            )
+        found = check(checkpoints, kept, data)
         if not found.passed:
             pytest.fail(as_text(found), pytrace=False)
         return found

@@ -7,7 +7,7 @@ numbers; with several seeds, whether another training run differs from them by m
 
 from .baseline import Baseline, Settings, Tracked
 from .comparing import Check, Compared, check
-from .measuring import DEFAULT_PROBES, make_baseline, renewed
+from .measuring import DEFAULT_PROBES, changed, make_baseline, renewed
 
 __all__ = [
     "DEFAULT_PROBES",
@@ -16,6 +16,7 @@ __all__ = [
     "Compared",
     "Settings",
     "Tracked",
+    "changed",
     "check",
     "make_baseline",
     "renewed",

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 KIND = "hopeprobe-baseline"
 SCHEMA_VERSION = 1
+DEAD = frozenset({Verdict.COLLAPSED, Verdict.DIVERGED, Verdict.NO_SIGNAL, Verdict.UNTRAINED})
+"""Verdicts of what does not work: a number that keeps one is as it was, and no sign that a mechanism works."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,13 @@ class Baseline:
         """Numbers whose tolerance is below the smallest change beyond it that can be shown."""
         together = len(self.tracked)
         return tuple(one for one in self.tracked if one.tolerance < one.resolution(together))
+
+    @property
+    def dead(self) -> str:
+        """How many numbers are of what does not work, in a sentence; empty where none is."""
+        counts = Counter(str(v) for one in self.tracked for v in set(one.verdicts) & DEAD)
+        found = ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+        return f"the baseline itself has numbers of what does not work: {found}" if found else ""
 
     @property
     def table(self) -> pd.DataFrame:

@@ -23,8 +23,8 @@ from hopeprobe.probes import PROBES
 from hopeprobe.results import Address
 from hopeprobe.stats.verdict import Verdict
 
-from .baseline import Baseline, Tracked, current_versions
-from .measuring import by_address, described_checkpoints
+from .baseline import DEAD, Baseline, Tracked, current_versions
+from .measuring import by_address, check_seeds, described_checkpoints
 
 if TYPE_CHECKING:
     import os
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from hopeprobe.stats.drift import Drift
     from hopeprobe.tokens import EvalWindows, TokenData
 
-DEAD = frozenset({Verdict.COLLAPSED, Verdict.DIVERGED, Verdict.NO_SIGNAL, Verdict.UNTRAINED})
 COLUMNS = ("statistic", "baseline", "now", "difference", "interval", "tolerance", "outcome")
 
 
@@ -208,7 +207,7 @@ def check(
 
     Raises:
         BadInputError: a file that is no baseline, other tokens than the baseline's, several checkpoints beside a
-            baseline of one, a checkpoint that cannot be read.
+            baseline of one or that differ in more than their seed, a checkpoint that cannot be read.
         MeasurementError: nothing at all could be measured.
 
     """
@@ -218,6 +217,7 @@ def check(
         raise BadInputError(
             f"{len(given)} checkpoints, and a baseline of one: it is checked against one, on the same tokens"
         )
+    check_seeds(given)
     chosen = _probes(kept, probes)
     settings = kept.settings
     source = data if data is not None else list(settings.data)
@@ -243,7 +243,7 @@ def compare(baseline: Baseline, results: Results) -> Check:
     described = described_checkpoints(results)
     known = {one.address for one in baseline.tracked} | set(baseline.unmeasured)
     return Check(
-        tuple(_compared(one, now.get(one.address, []), together) for one in baseline.tracked),
+        tuple(_compared(one, now.get(one.address, []), len(described), together) for one in baseline.tracked),
         tuple(a for a, rows in now.items() if a not in known and not math.isnan(rows[0].value)),
         tuple(_notes(baseline, described)),
         tuple(results.missing),
@@ -252,9 +252,10 @@ def compare(baseline: Baseline, results: Results) -> Check:
     )
 
 
-def _compared(one: Tracked, rows: Sequence[ResultRow], together: int) -> Compared:
+def _compared(one: Tracked, rows: Sequence[ResultRow], n: int, together: int) -> Compared:
+    """Set rows of `n` checkpoints against a number; one that some of them do not have is lost."""
     values = tuple(row.value for row in rows)
-    if not rows or any(map(math.isnan, values)):
+    if len(rows) < n or any(map(math.isnan, values)):
         notes = "; ".join(dict.fromkeys(row.note for row in rows if math.isnan(row.value) and row.note))
         verdicts = ", ".join(dict.fromkeys(str(row.verdict) for row in rows if math.isnan(row.value)))
         return Compared(
@@ -320,6 +321,8 @@ def _other_tokens(why: str) -> BadInputError:
 
 
 def _notes(baseline: Baseline, described: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if baseline.dead:
+        yield baseline.dead
     identities = {one.get("identity") for one in baseline.checkpoints}
     if not {one.get("identity") for one in described} <= identities:
         yield "the model's configuration is not the baseline's"

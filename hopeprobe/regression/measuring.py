@@ -13,6 +13,7 @@ from hopeprobe.opening import WindowMaker, as_list, open_checkpoint
 from hopeprobe.results import Address
 from hopeprobe.stats.drift import spread
 from hopeprobe.stats.histogram import RESOLUTION
+from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens import TokenData
 
 from .baseline import Baseline, Settings, Tracked, current_versions, with_tolerances
@@ -71,12 +72,13 @@ def make_baseline(
         progress: as there.
 
     Raises:
-        BadInputError: as `hopeprobe.analyze`; two checkpoints of one seed; a tolerance for no statistic.
+        BadInputError: as `hopeprobe.analyze`; several checkpoints of one seed, or that differ in more than their
+            seed; a tolerance for no statistic.
         MeasurementError: something could not be measured: a baseline with holes would check less than it says.
 
     """
     given, chosen = as_list(checkpoints), chosen_probes(probes)
-    _check_seeds(given)
+    check_seeds(given)
     results = analyze(
         given,
         probes,
@@ -119,22 +121,34 @@ def make_baseline(
     )
 
 
-def renewed(old: Baseline, checkpoints: Checkpoints, **changed: Any) -> Baseline:
-    """The same baseline of other checkpoints: settings as they were unless `changed`, tolerances that a person set.
+def renewed(old: Baseline, checkpoints: Checkpoints, **given: Any) -> Baseline:
+    """The same baseline of other checkpoints: settings as they were unless `given`, tolerances that a person set.
 
     Errors as `make_baseline`.
     """
     settings = {name: getattr(old.settings, name) for name in Settings.__dataclass_fields__}
     settings["data"] = list(settings["data"])
-    if not settings["data"] and "data" not in changed:
+    if not settings["data"] and "data" not in given:
         raise BadInputError("the baseline was made from tokens in memory: give them to renew it")
-    made = make_baseline(checkpoints, **{**settings, **changed})
+    made = make_baseline(checkpoints, **{**settings, **given})
     set_by_hand = {one.address: one.tolerance for one in old.tracked if one.tolerance != _tolerance(one)}
     tracked = tuple(
         dataclasses.replace(one, tolerance=set_by_hand.get(one.address, one.tolerance))
         for one in made.tracked
     )
-    return dataclasses.replace(made, tracked=tracked)
+    return dataclasses.replace(made, tracked=with_tolerances(tracked, given.get("tolerances") or {}))
+
+
+def changed(old: Baseline, settings: Mapping[str, Any]) -> list[str]:
+    """Names of those settings, arguments of `make_baseline`, by which a baseline would be measured differently."""
+    asked = dict(settings)
+    if "probes" in asked:
+        asked["probes"] = tuple(probe.name for probe in chosen_probes(asked["probes"]))
+    # `data` is left out: the tokens' fingerprint says more than where they are.
+    known = Settings.__dataclass_fields__.keys() - {"data"}
+    found = [name for name in sorted(asked.keys() & known) if asked[name] != getattr(old.settings, name)]
+    tolerances = asked.get("tolerances") or {}
+    return found + ["tolerances"] * (with_tolerances(old.tracked, tolerances) != old.tracked)
 
 
 def described_checkpoints(results: Results) -> list[Mapping[str, object]]:
@@ -151,20 +165,39 @@ def by_address(results: Results) -> dict[Address, list[ResultRow]]:
     return dict(found)
 
 
-def _check_seeds(given: Sequence[str | os.PathLike[str] | Subject]) -> None:
+def check_seeds(given: Sequence[str | os.PathLike[str] | Subject]) -> None:
+    """Raise BadInputError unless checkpoints differ in their seed alone: else their spread is of something else."""
     if len(given) == 1:
         return
     seeds: dict[int, str] = {}
+    first = open_checkpoint(given[0])
     for checkpoint in given:
         subject = open_checkpoint(checkpoint)
+        if subject.trained_steps != first.trained_steps:
+            raise BadInputError(
+                f"{first.name} is of step {first.trained_steps} and {subject.name} of {subject.trained_steps}: "
+                "several checkpoints must differ in their seed alone"
+            )
+        if _identity(subject) != _identity(first):
+            raise BadInputError(
+                f"{first.name} and {subject.name} are of models with different configurations: several checkpoints "
+                "must differ in their seed alone"
+            )
         if subject.seed is None:
             continue
         if subject.seed in seeds:
             raise BadInputError(
-                f"{seeds[subject.seed]} and {subject.name} are both of seed {subject.seed}: a baseline of several "
-                "checkpoints learns from them how much seeds differ, so each must be of another"
+                f"{seeds[subject.seed]} and {subject.name} are both of seed {subject.seed}: what several "
+                "checkpoints tell is how much seeds differ, so each must be of another"
             )
         seeds[subject.seed] = subject.name
+
+
+def _identity(subject: Subject) -> object:
+    try:
+        return subject.identity()
+    except MissingCapability:
+        return None
 
 
 def _other_batch(

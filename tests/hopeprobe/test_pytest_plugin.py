@@ -80,6 +80,10 @@ def test_it_fails_with_what_moved_and_passes_what_did_not(
         Mechanism().check(checkpoint, path, toy_data, **settings)
     assert Mechanism(update=True).check(checkpoint, path, toy_data, **settings) is None
     assert Mechanism().check(checkpoint, path, toy_data).passed
+    with pytest.raises(
+        pytest.fail.Exception, match=r"other settings than the test asks for \(probes, tokens\)"
+    ):
+        Mechanism().check(checkpoint, path, toy_data, probes=["surprise", "integrity"], tokens=800)
     document = json.loads(path.read_text())
     (loss,) = [one for one in document["statistics"] if one["statistic"] == "mean_loss"]
     loss["values"], loss["tolerance"] = [loss["values"][0] + 0.5], 0.25

@@ -97,6 +97,21 @@ def test_between_seeds_only_what_seeds_do_not_do_has_moved(row, results):
     assert several.compared[0].drift.high - several.compared[0].drift.low < lone.drift.high - lone.drift.low
 
 
+def test_a_number_that_one_of_several_checkpoints_lacks_is_lost(row, results):
+    """Not the mean of the others."""
+    kept = baseline_of({"a": [1.0, 1.1, 0.9], "b": [1.0, 1.1, 0.9]}, seeds=3)
+    now = results([row("a", 1.0, seed=8), row("b", 1.0, seed=8), row("a", 1.0, seed=9)])
+    found = compare(kept, now)
+    assert [str(one.outcome) for one in found.compared] == ["same", "lost"]
+    assert found.exit_code == 3
+
+
+def test_a_check_against_what_never_worked_says_so(row, results):
+    kept = baseline_of({"a": 1.0}, verdicts=(Verdict.UNTRAINED,))
+    found = compare(kept, results([row("a", 1.0)]))
+    assert found.notes[0] == "the baseline itself has numbers of what does not work: 1 untrained"
+
+
 def test_notes_say_what_a_reader_must_know(row, results):
     one = baseline_of({"a": 1.0})
     assert compare(one, results([row("a", 1.0)])).notes == ()
@@ -182,10 +197,18 @@ def test_several_checkpoints_need_a_baseline_of_seeds(run_baseline, toy_run, toy
         check([toy_run / "step-000040.pt", toy_run / "step-000020.pt"], run_baseline, toy_data)
 
 
-def test_seeds_must_differ(toy_run, toy_data):
-    paths = [toy_run / "step-000040.pt", toy_run / "step-000020.pt"]
-    with pytest.raises(BadInputError, match="both of seed 0"):
-        make_baseline(paths, "surprise", toy_data, 1600)
+def test_seeds_must_differ_and_nothing_else(toy_run, toy_data, run_baseline, subject_of, configs):
+    of_seeds = dataclasses.replace(run_baseline, checkpoints=run_baseline.checkpoints * 2)
+    pairs = [
+        ([toy_run / "step-000040.pt", toy_run / "step-000020.pt"], "of step 40 and step-000020.pt of 20"),
+        ([toy_run / "step-000040.pt", toy_run / "step-000040.pt"], "both of seed 0"),
+        ([subject_of(), subject_of(configs["still"], 1)], "different configurations"),
+    ]
+    for given, message in pairs:
+        with pytest.raises(BadInputError, match=message):
+            make_baseline(given, "surprise", toy_data, 1600)
+        with pytest.raises(BadInputError, match=message):
+            check(given, of_seeds, toy_data)
 
 
 def test_a_probe_of_ones_own_is_given_again(run_baseline, toy_run, toy_data):

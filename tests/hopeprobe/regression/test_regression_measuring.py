@@ -10,7 +10,7 @@ import pytest
 import hopeprobe.regression.measuring as measuring
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.probes.gate_selectivity import GateSelectivity
-from hopeprobe.regression import Baseline, make_baseline, renewed
+from hopeprobe.regression import Baseline, changed, make_baseline, renewed
 from hopeprobe.stats.verdict import Verdict
 from hopeprobe.subject import GateRule
 
@@ -23,7 +23,7 @@ def given(monkeypatch):
         passes = [first, again if again is not None else first]
         monkeypatch.setattr(measuring, "analyze", lambda *_, **__: passes.pop(0))
         monkeypatch.setattr(measuring, "_other_batch", lambda *_: 3)
-        monkeypatch.setattr(measuring, "_check_seeds", lambda _: None)
+        monkeypatch.setattr(measuring, "check_seeds", lambda _: None)
         return make_baseline(
             [f"{i}.pt" for i in range(checkpoints)], "surprise", "text.jsonl", 1000, **settings
         )
@@ -141,6 +141,39 @@ def test_renewing_keeps_what_a_person_set(given, row, results):
     in_memory = dataclasses.replace(old, settings=dataclasses.replace(old.settings, data=()))
     with pytest.raises(BadInputError, match="tokens in memory"):
         renewed(in_memory, ["9.pt"])
+
+
+def test_what_a_baseline_was_not_made_with(given, row, results):
+    kept = given(results([row("a", 1.0)]), tolerances={"a": 0.5})
+    assert changed(kept, {}) == []
+    same = {
+        "probes": "surprise",
+        "tokens": 1000,
+        "split": "heldout",
+        "gate": None,
+        "tolerances": {"a": 0.5},
+        "fresh": 0,
+    }
+    assert changed(kept, same) == []
+    other = {
+        "probes": ["surprise", "integrity"],
+        "tokens": 999,
+        "split": "all",
+        "gate": GateRule("random", 0.5),
+    }
+    assert changed(kept, {**other, "tolerances": {"a": 0.25}}) == [
+        "gate",
+        "probes",
+        "split",
+        "tokens",
+        "tolerances",
+    ]
+
+
+def test_a_baseline_says_what_of_it_is_dead(given, row, results):
+    assert given(results([row("a", 1.0)])).dead == ""
+    made = given(results([row("a", 1.0, verdict="untrained"), row("b", 1.0, verdict="collapsed")]))
+    assert made.dead == "the baseline itself has numbers of what does not work: 1 untrained, 1 collapsed"
 
 
 def edited(change):
