@@ -21,7 +21,6 @@ from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.opening import WindowMaker, as_list, check_no_hooks, open_checkpoint
 from hopeprobe.probes import PROBES
 from hopeprobe.results import Address
-from hopeprobe.stats.verdict import Verdict
 
 from .baseline import DEAD, Baseline, Tracked, current_versions
 from .measuring import by_address, check_seeds, described_checkpoints
