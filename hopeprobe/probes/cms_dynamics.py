@@ -279,7 +279,12 @@ def _level_names(subject: Subject) -> dict[tuple[int, str], str]:
 def _weight_rows(subject: Subject, initial: Subject | None) -> list[Measurement | Finding]:
     # Without initial weights the norm has its fresh-init null all the same, and nothing else can be said.
     weights = Weights(subject, subject if initial is None else initial)
-    parts = parts_of(subject.parameter_groups()[MECHANISM])
+    named = subject.parameter_groups().get(MECHANISM)
+    if not named:
+        return list(
+            not_applicable(OF_WEIGHTS, "the model does not say which weights are those of its levels")
+        )
+    parts = parts_of(named)
     known = {(i, level) for i, found in levels_of(subject.module.hook_dict).items() for level in found}
     levels = [part for part in parts if part[:2] in known] or parts  # what mixes levels starts at 0
     rows: list[Measurement | Finding] = [_norm_row(weights, part, own=initial is not None) for part in levels]
