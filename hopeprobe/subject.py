@@ -195,6 +195,10 @@ class Subject:
         """Checkpoints of the same run, by step, this one among them."""
         raise self._missing("run")
 
+    def sibling(self, path: Path) -> Subject:
+        """Open another checkpoint of the same run; errors as `load`."""
+        return load(path)
+
     def training(self) -> Mapping[str, Any]:
         """How it was trained, as far as known: optimiser, learning rates, data identity, loaded and expected keys.
 
@@ -204,10 +208,17 @@ class Subject:
         raise self._missing("training record")
 
 
-def load(path: str | Path) -> Subject:
-    """Open a checkpoint with the first registered loader that knows its kind.
+def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) -> Subject:  # noqa: A002
+    """Open a checkpoint: through a map if there is one, else with the first registered loader that knows its kind.
 
-    Raises `BadInputError` when there is no such file, it is damaged, or no loader knows it.
+    Args:
+        path: the file.
+        map: how a file of any model becomes one, and which of its modules are which hook points: a map's file, the name
+            of a registered one, or its plain data (`hopeprobe.mapping`).
+
+    Raises:
+        BadInputError: there is no such file, it is damaged, no loader knows it, or the map cannot be used.
+
     """
     file = Path(path)
     try:
@@ -229,6 +240,10 @@ def load(path: str | Path) -> Subject:
         near = sorted(p.name for p in file.parent.glob(f"*{file.suffix}"))[:5] if file.parent.is_dir() else []
         hint = f"; in {file.parent} there are: {', '.join(near)}" if near else ""
         raise BadInputError(f"{file} does not exist{hint}")
+    if map is not None:
+        from hopeprobe.mapping import load_mapped
+
+        return load_mapped(file, map)
     tried = []
     for entry in entry_points(group=LOADER_GROUP):
         loader: Callable[[Path], Subject | None] = entry.load()

@@ -74,6 +74,7 @@ from .middle import (
     repeated_name,
     why_no_middle,
     why_no_states,
+    why_no_stream,
 )
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Adaptation(Probe):
     def conditions(self, subject: Subject) -> Sequence[Condition]:
         """The cells; and where there is a middle, what is done there, and each cell with its first half again."""
         cells = cells_of(subject)
-        if why_no_middle(subject):
+        if why_no_middle(subject) or why_no_stream(subject):
             return cells
         halves = () if why_no_states(subject) else HALVES
         return [*cells, *halves, *map(repeated, cells)]
@@ -201,6 +202,7 @@ class Adaptation(Probe):
         short = f"no two of different documents in one batch are longer than {plan.middle} tokens"
         why = none or why_no_states(subject) or ("" if plan.late.any() else short)
         absent += [(STATE, one.name, why) for one in (RESET, SWAPPED, MEAN_STATE) if why]
+        none = none or why_no_stream(subject)
         why = none or ("" if plan.early.any() else f"no window has {plan.middle} tokens")
         absent += [(RECALL, "", why)] if why else []
         return [

@@ -59,6 +59,15 @@ def why_no_middle(subject: Subject) -> str:
     return f"everything has been written together only every {period} tokens, a window has {subject.context}"
 
 
+def why_no_stream(subject: Subject) -> str:
+    """Why a window cannot go on from where another ended; "" when it can."""
+    try:
+        subject.init_state(1)
+    except MissingCapability as error:
+        return str(error)
+    return ""
+
+
 def why_no_states(subject: Subject) -> str:
     """Why fast weights cannot be moved from window to window; "" when they can."""
     import torch

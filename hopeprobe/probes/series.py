@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hopeprobe.errors import HopeprobeError, MeasurementError
-from hopeprobe.subject import MissingCapability, load
+from hopeprobe.subject import MissingCapability
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -151,7 +151,7 @@ def _between(
         if subject.path is not None and path.resolve() == subject.path.resolve():
             continue
         try:
-            sibling = load(path)
+            sibling = subject.sibling(path)
             step, weights = sibling.trained_steps, followed(sibling)
             wrong = _differs(_run_of(sibling), run)
             if not wrong and step == 0:

@@ -1,0 +1,152 @@
+"""From a checkpoint file to a module, as a map's `[model]` says.
+
+Files are read with `weights_only`, so that nothing in them is executed; safetensors files too. What is executed is what
+the map names as `build`, imported from the environment or from the working folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hopeprobe.errors import BadInputError, near_names
+
+from .spec import Map
+
+_SHOWN = 3
+
+
+def read_content(path: Path) -> Mapping[str, Any]:
+    """What a file holds. Raises BadInputError for none, a damaged one, and one that would run code to be read."""
+    if not path.is_file():
+        raise BadInputError(
+            f"{path} is a folder, not a checkpoint" if path.is_dir() else f"{path} does not exist"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise BadInputError(
+            f"{path} is damaged, or holds more than weights and plain data, which could run code: save a state dict "
+            f"({_first_line(error)})"
+        ) from error
+    except Exception as error:
+        damaged = "" if zipfile.is_zipfile(path) else ", or no checkpoint"
+        raise BadInputError(f"{path} is damaged{damaged}: {_first_line(error)}") from error
+    if not isinstance(content, Mapping):
+        raise BadInputError(f"{path} holds a {type(content).__name__}, not named weights")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def built(spec: Map, content: Mapping[str, Any], path: Path) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """The model with the file's weights, and what makes one with fresh weights."""
+    model, told = spec.model, f"{spec.told}, [model]"
+    if "build" not in model:
+        raise BadInputError(f"{told}: build is missing: 'package.module:callable' that gives the model")
+    make = _imported(model["build"], told)
+    arguments = model.get("arguments", {})
+    if isinstance(arguments, str):
+        where, arguments = arguments, looked_up(content, arguments, f"{path}, as {told} wants its arguments")
+        if not isinstance(arguments, Mapping) or not all(isinstance(k, str) for k in arguments):
+            raise BadInputError(f"{path}: {where!r} is a {type(arguments).__name__}, not keyword arguments")
+
+    def build() -> nn.Module:
+        try:
+            made = make(**arguments)
+        except Exception as error:
+            raise BadInputError(
+                f"{told}: {model['build']}({', '.join(arguments)}) raised {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, nn.Module):
+            raise BadInputError(f"{told}: {model['build']} gave a {type(made).__name__}, not a torch module")
+        return made
+
+    with torch.random.fork_rng(devices=[]):
+        inner = build()
+    _load(inner, spec, content, path)
+    return inner, build
+
+
+def looked_up(content: Mapping[str, Any], key: str, where: str) -> Any:
+    """What lies at a key; dots descend. Raises BadInputError with what there is instead."""
+    there: Any = content
+    for i, part in enumerate(key.split(".")):
+        if not isinstance(there, Mapping) or part not in there:
+            known = list(there) if isinstance(there, Mapping) else []
+            shown = near_names(part, map(str, known)) or f"; there are {', '.join(map(str, known[:8]))}"
+            raise BadInputError(
+                f"{where}: there is no {'.'.join(key.split('.')[: i + 1])!r}{shown if known else ''}"
+            )
+        there = there[part]
+    return there
+
+
+def stated(content: Mapping[str, Any], said: str | int | None, told: str, what: str) -> int | None:
+    """A number that the map gives or a key holds; None where neither says it."""
+    if not isinstance(said, str):
+        return said
+    if not content:
+        return None
+    found = looked_up(content, said, f"the file, as {told}, [model], wants its {what}")
+    found = found.item() if isinstance(found, Tensor) and found.numel() == 1 else found
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise BadInputError(f"{told}, [model]: {said!r} of the file is {found!r}, not a number of {what}")
+    return found
+
+
+def _imported(name: str, told: str) -> Callable[..., Any]:
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # as `python -m` would: one's own model lies where one works
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise BadInputError(f"{told}: build is {name!r}, and {error}") from error
+    except (AttributeError, ValueError) as error:
+        raise BadInputError(f"{told}: build is {name!r}, not 'package.module:callable': {error}") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise BadInputError(f"{told}: {name!r} cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _load(inner: nn.Module, spec: Map, content: Mapping[str, Any], path: Path) -> None:
+    """Put all of the file's weights in, and only if they are all there is."""
+    key, prefix = spec.model.get("weights"), spec.model.get("strip", "")
+    weights = looked_up(content, key, str(path)) if key else content
+    if not isinstance(weights, Mapping):
+        raise BadInputError(f"{path}: {key!r} is a {type(weights).__name__}, not named weights")
+    other = [str(name) for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
+    if other:
+        raise BadInputError(
+            f"{path}: among its weights {', '.join(other[:_SHOWN])} are no tensors; say the weights' key, as `weights` "
+            f"of {spec.told}, [model]"
+        )
+    named = {str(name).removeprefix(prefix): tensor for name, tensor in weights.items()}
+    expected = inner.state_dict()
+    wrong = sorted(named.keys() ^ expected.keys())
+    wrong = wrong or [name for name, tensor in named.items() if tensor.shape != expected[name].shape]
+    if wrong:
+        shown = ", ".join(wrong[:_SHOWN]) + (
+            f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        )
+        raise BadInputError(f"{path}: its weights are not those of {spec.model['build']}: {shown}")
+    inner.load_state_dict(named)
