@@ -9,11 +9,12 @@ from hopeprobe.cli.analysis import report_missing
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.checkpoint import run_checkpoints
+from hopeprobe.opening import labelled
 from hopeprobe.plots import draw_loss_curve
 from hopeprobe.plots.canvas import Canvas
 from hopeprobe.regression import DEFAULT_PROBES
 from hopeprobe.report import export, write_page
-from hopeprobe.results import Results, joined
+from hopeprobe.results import Results, check_names, joined
 
 
 def run_report(
@@ -38,6 +39,8 @@ def run_report(
             read.append(_results(target))
         else:
             checkpoints.append(target)
+    # What cannot go together is told before hours are spent on measuring.
+    check_names([*(one for results in read for one in results.checkpoints), *_named(checkpoints)])
     if checkpoints:
         with progress() as report:
             measured = analyze(
@@ -59,6 +62,14 @@ def run_report(
     for path in written:
         say(screen, f"wrote {path}")
     return report_missing(results)
+
+
+def _named(checkpoints: list[Path]) -> list[dict[str, str]]:
+    """What is known of checkpoints before they are opened, as results will record it."""
+    return [
+        {"name": name, "path": str(path)}
+        for name, path in zip(labelled(checkpoints), checkpoints, strict=True)
+    ]
 
 
 def _last_of(folder: Path) -> Path:

@@ -7,6 +7,7 @@ null.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import operator
@@ -32,6 +33,7 @@ SCHEMA_VERSION = 2
 _READABLE = (1, 2)  # version 1 has no `smallest_effect`
 KEY = ("probe", "statistic", "checkpoint", "step", "layer", "component", "condition", "position")
 """The columns that together name a row, in both tables."""
+_WHICH = ("path", "step", "seed", "identity")  # which checkpoint a name stands for
 
 _RESULT_COLUMNS = (
     *("value", "unit", "ci_low", "ci_high", "n_tokens", "n_groups", "dtype"),
@@ -253,10 +255,14 @@ class Results:
         return frame
 
     @property
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """What is recorded of each checkpoint."""
+        return list(self.checkpoint.get("checkpoints", [self.checkpoint]))
+
+    @property
     def missing(self) -> list[str]:
         """What could not be measured, one sentence each."""
-        several = self.checkpoint.get("checkpoints", [self.checkpoint])
-        return [message for one in several for message in one.get("missing", ())]
+        return [message for one in self.checkpoints for message in one.get("missing", ())]
 
     @overload
     def plot(self, probe: str, checkpoint: str | None = None) -> Canvas: ...
@@ -333,7 +339,7 @@ class Results:
 def joined(several: Sequence[Results]) -> Results:
     """Results of several analyses as one; data and versions are what all have in common.
 
-    Raises BadInputError where there is none, and where two of them hold a row of one checkpoint.
+    Raises BadInputError where there is none, where two of them hold a row of one checkpoint, and as `check_names`.
     """
     if not several:
         raise BadInputError("there are no results to join")
@@ -342,9 +348,10 @@ def joined(several: Sequence[Results]) -> Results:
         return first
     checkpoints: list[Any] = []
     for one in several:
-        for checkpoint in one.checkpoint.get("checkpoints", [one.checkpoint]):
+        for checkpoint in one.checkpoints:
             if checkpoint not in checkpoints:
                 checkpoints.append(checkpoint)
+    check_names(checkpoints)
     data = {k: v for k, v in first.data.items() if all(other.data.get(k) == v for other in others)}
     versions = {
         k: v if all(other.versions.get(k) == v for other in others) else "several"
@@ -358,6 +365,28 @@ def joined(several: Sequence[Results]) -> Results:
         except ValueError as error:
             raise BadInputError(f"results that cannot be one: {error}") from None
     return made
+
+
+def check_names(described: Iterable[Mapping[str, Any]]) -> None:
+    """Raise BadInputError where one name stands for two checkpoints: rows of both would be told as those of one.
+
+    described: what results record of checkpoints; what a description leaves out is not compared.
+    """
+    named = [one for one in described if one.get("name") is not None]
+    for one, other in itertools.combinations(named, 2):
+        differs = any(one[key] != other[key] for key in _WHICH if key in one and key in other)
+        if one["name"] == other["name"] and differs:
+            raise BadInputError(
+                f"{one['name']} is the name of two checkpoints, {_told(one)} and {_told(other)}: give both checkpoints "
+                "to one `hopeprobe analyze` or `report`, which tells their names apart, or report each by itself"
+            )
+
+
+def _told(described: Mapping[str, Any]) -> str:
+    what = [str(described.get("path") or "one in memory")]
+    what += [f"{key} {described[key]}" for key in ("step", "seed") if described.get(key) is not None]
+    what += [f"configuration {str(described['identity'])[:8]}"] if described.get("identity") else []
+    return f"{what[0]} ({', '.join(what[1:])})" if what[1:] else what[0]
 
 
 def _with_unique_keys(

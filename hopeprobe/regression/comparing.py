@@ -23,7 +23,7 @@ from hopeprobe.probes import PROBES
 from hopeprobe.results import Address
 
 from .baseline import DEAD, Baseline, Tracked, current_versions
-from .measuring import by_address, check_seeds, described_checkpoints
+from .measuring import by_address, check_seeds
 
 if TYPE_CHECKING:
     import os
@@ -239,7 +239,7 @@ def check(
 def compare(baseline: Baseline, results: Results) -> Check:
     """Set results, measured on the baseline's tokens with its settings, against it."""
     together, now = len(baseline.tracked), by_address(results)
-    described = described_checkpoints(results)
+    described = results.checkpoints
     known = {one.address for one in baseline.tracked} | set(baseline.unmeasured)
     return Check(
         tuple(_compared(one, now.get(one.address, []), len(described), together) for one in baseline.tracked),

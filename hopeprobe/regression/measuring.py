@@ -93,7 +93,7 @@ def make_baseline(
     )
     if results.missing:
         raise MeasurementError(f"no baseline was made: {'; '.join(results.missing)}")
-    described = described_checkpoints(results)
+    described = results.checkpoints
     if any(one.get("data") != described[0].get("data") for one in described) or "windows" not in results.data:
         raise BadInputError("the checkpoints read different tokens: one baseline cannot hold them")
     again = None
@@ -149,12 +149,6 @@ def changed(old: Baseline, settings: Mapping[str, Any]) -> list[str]:
     found = [name for name in sorted(asked.keys() & known) if asked[name] != getattr(old.settings, name)]
     tolerances = asked.get("tolerances") or {}
     return found + ["tolerances"] * (with_tolerances(old.tracked, tolerances) != old.tracked)
-
-
-def described_checkpoints(results: Results) -> list[Mapping[str, object]]:
-    """What results record of each checkpoint."""
-    several: list[Mapping[str, object]] = results.checkpoint.get("checkpoints", [results.checkpoint])
-    return several
 
 
 def by_address(results: Results) -> dict[Address, list[ResultRow]]:
@@ -215,7 +209,7 @@ def _other_batch(
 def _tracked(
     results: Results, again: Results | None, counting: Container[str]
 ) -> tuple[tuple[Tracked, ...], tuple[Address, ...]]:
-    n = len(described_checkpoints(results))
+    n = len(results.checkpoints)
     seen_again = {} if again is None else by_address(again)
     tracked, unmeasured = [], []
     for address, rows in by_address(results).items():

@@ -1,8 +1,11 @@
 """`hopeprobe report`: of runs, checkpoints and results, and of what is none of these."""
 
 import json
+import shutil
 
 import pytest
+
+import hopeprobe.cli.reporting
 
 
 @pytest.fixture
@@ -38,6 +41,31 @@ def test_results_are_not_measured_again_and_go_together(call, trained, few, tmp_
     assert twice.code == 2
     assert "two rows have the key" in twice.err
     assert not (tmp_path / "twice.html").exists()
+
+
+def test_two_runs_do_not_become_one(call, trained, few, tmp_path, monkeypatch):
+    """Two runs' checkpoints have one name, and each its own probes: the page would show rows of both as of one."""
+    other = tmp_path / "other" / "step-000003.pt"
+    other.parent.mkdir()
+    shutil.copy(trained / "step-000003.pt", other)
+    path, page = tmp_path / "results.json", tmp_path / "report.html"
+    asked = (*few[:4], "--probe", "integrity", "--format", "json", "--output")
+    assert call("analyze", other, *asked, path).code == 0
+    assert (
+        call(
+            "analyze", trained / "step-000003.pt", *few, "--format", "json", "--output", tmp_path / "b.json"
+        ).code
+        == 0
+    )
+    monkeypatch.setattr(
+        hopeprobe.cli.reporting, "analyze", lambda *_, **__: pytest.fail("measured before it was refused")
+    )
+    for targets in ((path, tmp_path / "b.json"), (trained, path), (path, trained / "step-000003.pt")):
+        done = call("report", *targets, "-o", page)
+        assert done.code == 2, targets
+        assert str(trained / "step-000003.pt") in done.err
+        assert str(other) in done.err
+        assert not page.exists()
 
 
 def test_what_is_missing_is_status_3_and_on_the_page(call, trained, few, tmp_path):

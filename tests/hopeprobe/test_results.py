@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from hopeprobe.errors import BadInputError
-from hopeprobe.results import KEY, NullRow, ResultRow, Results
+from hopeprobe.results import KEY, NullRow, ResultRow, Results, check_names, joined
 from hopeprobe.stats import Verdict
 
 
@@ -110,6 +110,70 @@ def test_what_is_missing_is_said_by_results_and_their_text():
     assert results.missing == ["a.pt: surprise: x", "b.pt: y"]
     assert repr(results) == "<Results: 2 rows, 2 nulls, of cms-similarity; 2 not measured>"
     assert repr(Results()) == "<Results: 0 rows, 0 nulls, of nothing>"
+
+
+MAIN = {
+    "name": "step-000200.pt",
+    "path": "runs/a/step-000200.pt",
+    "step": 200,
+    "seed": 1,
+    "identity": "e3b0c442",
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            {"path": "runs/b/step-000200.pt"},
+            "runs/b/step-000200.pt (step 200, seed 1, configuration e3b0c442)",
+        ),
+        ({"step": 400}, "runs/a/step-000200.pt (step 400, seed 1"),
+        ({"seed": 2}, "runs/a/step-000200.pt (step 200, seed 2"),
+        ({"seed": None}, "runs/a/step-000200.pt (step 200, configuration e3b0c442)"),
+        ({"identity": "9f86d081"}, "configuration 9f86d081)"),
+        ({"path": None}, "one in memory (step 200"),
+    ],
+)
+def test_rows_of_two_checkpoints_are_not_joined_under_one_name(changed, told):
+    """Each has its own probes, so that no row's key is taken twice: only what is recorded of them tells."""
+    one = Results([row()], checkpoint=MAIN)
+    other = Results([row(probe="surprise")], checkpoint=MAIN | changed)
+    with pytest.raises(BadInputError) as error:
+        joined([one, other])
+    assert f"step-000200.pt is the name of two checkpoints, {MAIN['path']} (step 200, seed 1" in str(
+        error.value
+    )
+    assert told in str(error.value)
+    several = Results([row(probe="surprise")], checkpoint={"checkpoints": [{"name": "x.pt"}, MAIN | changed]})
+    with pytest.raises(BadInputError, match="the name of two checkpoints"):
+        joined([one, several])
+
+
+def test_results_of_one_checkpoint_and_of_checkpoints_with_names_of_their_own_are_joined():
+    other = MAIN | {"name": "b/step-000200.pt", "path": "runs/b/step-000200.pt"}
+    made = joined(
+        [
+            Results([row()], checkpoint=MAIN),
+            Results([row(probe="surprise")], checkpoint=dict(MAIN)),
+            Results([row(checkpoint="b/step-000200.pt")], checkpoint=other),
+        ]
+    )
+    assert made.checkpoints == [MAIN, other]
+    assert len(made.rows) == 3
+    again = joined(
+        [Results([row()], checkpoint=MAIN), Results([row(layer=4)], checkpoint=MAIN | {"missing": ["x"]})]
+    )
+    assert (len(again.rows), again.missing) == (2, ["x"]), (
+        "what was found out later differs, the checkpoint does not"
+    )
+
+
+def test_what_a_description_leaves_out_is_not_compared():
+    named = {"name": MAIN["name"], "path": MAIN["path"]}
+    check_names([MAIN, named, {"name": MAIN["name"]}, {"path": "runs/b/step-000200.pt"}, {}])
+    with pytest.raises(BadInputError, match=r"runs/c\.pt"):
+        check_names([{"name": MAIN["name"]}, named, named | {"path": "runs/c.pt"}])
 
 
 def test_nulls_are_found_by_their_row():
