@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from hopeprobe.cli.analysis import report_missing
+from hopeprobe.errors import BadInputError
+from hopeprobe.results import Results
+from hopeprobe.stats import drift
+
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -34,6 +39,37 @@ def test_nothing_else_is_in_the_readme():
     assert {kind for kind, _ in blocks()} == {"bash", "python"}
     for kind, text in blocks():
         assert kind == "python" or all(ln.startswith(("hopeprobe ", "make ")) for ln in text.splitlines())
+
+
+def prose():
+    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def test_false_alarms_are_those_that_were_measured():
+    """Of each pair in the docstring the second is at a tolerance of two standard deviations, the default."""
+    measured = " ".join(drift.__doc__.split())
+    for name, said in (
+        ("lognormal values (σ = 0.5) ", "{} of checks where values are lognormal (σ = 0.5)"),
+        ("Student's t of 3 degrees of freedom ", "{} where they are Student's t of 3 degrees of freedom"),
+    ):
+        pairs = re.search(re.escape(name) + r"((?:[\d.]+ % and [\d.]+ %(?:, )?){3})", measured)
+        three, five, ten = re.findall(r"and ([\d.]+ %)", pairs[1])
+        assert said.format(f"{three}, {five} and {ten}") in prose()
+    normal = re.search(r"at most ([\d.]+ % and [\d.]+ % of 3 .*? of 10)", measured)[1]
+    most = max(map(float, re.findall(r"([\d.]+) %", normal)))
+    assert (
+        "where nothing changed and seeds are spread normally, one check in a hundred raises an alarm "
+        f"(in simulated checks of sixty numbers {most} % at most)"
+    ) in prose()
+
+
+def test_the_statuses_of_analyze_are_those_that_it_has():
+    said = re.search(
+        r"`analyze` compares with nothing, so it ends with (\d), (\d) or (\d), never with (\d);", prose()
+    )
+    ends = {report_missing(Results(checkpoint={"missing": missing})) for missing in ([], ["x"])}
+    assert set(map(int, said.groups()[:3])) == ends | {BadInputError.exit_code}
+    assert said[4] == "1"
 
 
 @pytest.mark.slow
