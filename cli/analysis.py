@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +13,7 @@ from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.probes import PROBES
+from hopeprobe.report.export import file_names
 from hopeprobe.results import Results
 from hopeprobe.subject import GateRule
 
@@ -84,8 +84,9 @@ def save_figures(results: Results, folder: Path) -> list[Path]:
     """Every figure that these results allow: `PROBE.png`, and where there are several checkpoints one for each."""
     from hopeprobe.plots import draw_all, save
 
-    named = {re.sub(r"[^\w.-]+", "-", name.removesuffix(".pt")): f for name, f in draw_all(results).items()}
-    return [save(figure, folder / f"{name}.png") for name, figure in named.items()]
+    figures = draw_all(results)
+    names = file_names(figures)
+    return [save(figure, folder / f"{names[name]}.png") for name, figure in figures.items()]
 
 
 def report_missing(results: Results) -> int:

@@ -29,18 +29,19 @@ def run_report(
 ) -> int:
     """Measure what is not measured yet, write the page, and return the exit status: 3 when something is missing."""
     checkpoints: list[Path] = []
-    curves: dict[str, Canvas] = {}
+    folders: list[Path] = []
     read: list[Results] = []
     for target in targets:
         if target.is_dir():
             checkpoints.append(_last_of(target))
-            _add_curve(curves, target)
+            folders.append(target if target.name else target.resolve())
         elif target.suffix == ".json":
             read.append(_results(target))
         else:
             checkpoints.append(target)
     # What cannot go together is told before hours are spent on measuring.
     check_names([*(one for results in read for one in results.checkpoints), *_named(checkpoints)])
+    curves = _curves(folders)
     if checkpoints:
         with progress() as report:
             measured = analyze(
@@ -79,13 +80,17 @@ def _last_of(folder: Path) -> Path:
     return found[-1]
 
 
-def _add_curve(curves: dict[str, Canvas], folder: Path) -> None:
-    record = folder / "metrics.jsonl"
-    if record.exists():
-        try:
-            curves[folder.name or str(folder.resolve().name)] = draw_loss_curve(record)
-        except MeasurementError as error:  # a run of which no step is recorded
-            say(console(stderr=True), f"{record}: {error}")
+def _curves(folders: list[Path]) -> dict[str, Canvas]:
+    """A figure of training for each run that has a record of it, by the folder's name."""
+    curves: dict[str, Canvas] = {}
+    for name, folder in zip(labelled(folders), folders, strict=True):
+        record = folder / "metrics.jsonl"
+        if record.exists():
+            try:
+                curves[name] = draw_loss_curve(record)
+            except MeasurementError as error:  # a run of which no step is recorded
+                say(console(stderr=True), f"{record}: {error}")
+    return curves
 
 
 def _results(path: Path) -> Results:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from hopeprobe.errors import MeasurementError
 from hopeprobe.files import write_atomically
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.stats.verdict import Verdict
+
+from .export import file_names
 
 if TYPE_CHECKING:
     import os
@@ -88,11 +89,13 @@ def write_page(
 def _sections(results: Results) -> list[Section]:
     nulls = results.nulls_by_row()
     sections = []
-    for (checkpoint, probe), rows in by_probe(results).items():
+    groups = by_probe(results)
+    anchors = file_names(f"{probe}, {checkpoint}" for checkpoint, probe in groups)
+    for (checkpoint, probe), rows in groups.items():
         known = get_probe(probe) if probe in PROBES else None
         sections.append(
             Section(
-                re.sub(r"[^\w-]+", "-", f"{probe}-{checkpoint}"),
+                anchors[f"{probe}, {checkpoint}"],
                 probe,
                 checkpoint,
                 known.question if known else "",

@@ -10,10 +10,12 @@ import zipfile
 import pytest
 import torch
 
+from hopeprobe.cli.analysis import save_figures
 from hopeprobe.conditions import LIVE
 from hopeprobe.errors import MeasurementError
 from hopeprobe.probes import PROBES
 from hopeprobe.probes.integrity import Integrity
+from hopeprobe.results import ResultRow, Results
 
 
 def analyze(call, checkpoint, text, *more):
@@ -482,6 +484,20 @@ def test_several_checkpoints_have_a_figure_each(call, trained, text, tmp_path):
         "cms-similarity-step-000001.png",
         "cms-similarity-step-000003.png",
     }
+
+
+def test_figures_whose_names_are_one_file_are_several(tmp_path):
+    names = ("a b.pt", "a-b.pt", "A/b.pt")
+    rows = [
+        ResultRow(
+            probe="surprise", statistic="mean_loss", checkpoint=name, value=1.0, unit="nats", n_tokens=9, n_groups=1,
+            dtype="float32", verdict="inconclusive",
+        )
+        for name in names
+    ]  # fmt: skip
+    written = save_figures(Results(rows), tmp_path)
+    assert [path.name for path in written] == ["surprise-a-b.png", "surprise-a-b-2.png", "surprise-A-b-3.png"]
+    assert sorted(tmp_path.iterdir()) == sorted(written)
 
 
 def test_a_full_disk_while_metrics_are_written(call, text, tmp_path, monkeypatch):

@@ -68,6 +68,18 @@ def test_two_runs_do_not_become_one(call, trained, few, tmp_path, monkeypatch):
         assert not page.exists()
 
 
+def test_two_runs_in_folders_of_one_name_have_a_curve_each(call, trained, few, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(trained, tmp_path / name / "run")
+    done = call("report", tmp_path / "a" / "run", tmp_path / "b" / "run", *few, "-o", tmp_path / "report.html",
+                "--files", tmp_path / "files")  # fmt: skip
+    assert done.code == 0, done.err
+    page = (tmp_path / "report.html").read_text()
+    for name in ("a", "b"):
+        assert f"Training: {name}/run" in page
+        assert (tmp_path / "files" / f"training-{name}-run.svg").exists()
+
+
 def test_what_is_missing_is_status_3_and_on_the_page(call, trained, few, tmp_path):
     path = tmp_path / "results.json"
     assert call("analyze", trained / "step-000003.pt", *few, "--format", "json", "--output", path).code == 0

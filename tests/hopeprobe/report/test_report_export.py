@@ -1,5 +1,6 @@
 """Figures and tables as files."""
 
+import dataclasses
 import re
 import xml.etree.ElementTree as ET
 
@@ -10,7 +11,8 @@ from hopeprobe.analysis import analyze
 from hopeprobe.errors import BadInputError
 from hopeprobe.plots import draw_loss_curve
 from hopeprobe.report import export
-from hopeprobe.report.export import as_latex, file_name
+from hopeprobe.report.export import as_latex, file_name, file_names
+from hopeprobe.results import Results
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,54 @@ def test_latex_has_a_line_a_row_and_nothing_that_latex_would_take(measured):
     assert all(line.count(" & ") == 8 for line in body.splitlines() if line.endswith(r"\\"))
     assert r"output\_cosine" in text
     assert not re.search(r"(?<!\\)[_#%$](?!-\$|\\cdot)", body.replace("$-$", "")), "each is escaped"
+
+
+def renamed(results, *names):
+    """The same rows of several checkpoints."""
+    return Results(
+        [dataclasses.replace(row, checkpoint=name) for name in names for row in results.rows],
+        [dataclasses.replace(null, checkpoint=name) for name in names for null in results.null_rows],
+    )
+
+
+def test_names_that_a_file_system_cannot_tell_apart_are_files_of_their_own(measured, toy_run, tmp_path):
+    names = ("a/step.pt", "a step.pt", "A-Step.pt")
+    curve = draw_loss_curve(toy_run / "metrics.jsonl")
+    written = export(renamed(measured, *names), tmp_path, {"run a": curve, "run-a": curve})
+    assert len({str(path).lower() for path in written}) == len(written) == 2 + 2 * (2 * 3 + 2) + 2 * 3
+    assert len(list(tmp_path.iterdir())) == len(written)
+    assert {path.name for path in written} >= {
+        "surprise-a-step.svg", "surprise-a-step-2.svg", "surprise-A-Step-3.svg", "training-run-a-2.png",
+    }  # fmt: skip
+    captions = [
+        path.read_text().split("caption{")[1].split("}")[0] for path in written if path.suffix == ".tex"
+    ]
+    assert sorted(captions) == sorted(
+        f"{probe}, {name}" for probe in ("cms-similarity", "surprise") for name in names
+    )
+
+
+def test_each_table_has_a_label_of_its_own(measured, tmp_path):
+    both = renamed(measured, "step-1.pt", "step-2.pt")
+    export(both, tmp_path)
+    labels = {path.stem: re.findall(r"\\label\{(.*?)\}", path.read_text()) for path in tmp_path.glob("*.tex")}
+    assert labels == {
+        f"{probe}-step-{step}": [f"tab:{probe}-step-{step}"]
+        for probe in ("cms-similarity", "surprise")
+        for step in (1, 2)
+    }
+    assert r"\label{tab:surprise}" in as_latex(measured, "step-000040.pt", "surprise")
+
+
+def test_equal_names_are_numbered_and_none_takes_another_s():
+    assert file_names(["a", "b.pt"]) == {"a": "a", "b.pt": "b"}
+    assert file_names(["a b", "a/b", "a-b-2", "A-B"]) == {
+        "a b": "a-b",
+        "a/b": "a-b-3",
+        "a-b-2": "a-b-2",
+        "A-B": "A-B-4",
+    }
+    assert list(file_names(["?", "!"]).values()) == ["unnamed", "unnamed-2"]
 
 
 def test_names_of_files_hold_no_folder():

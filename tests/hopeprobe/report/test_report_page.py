@@ -116,6 +116,16 @@ def test_several_checkpoints_are_told_apart():
     assert text.count("<figure>") == 2
 
 
+def test_each_link_leads_to_a_section_of_its_own():
+    names = ("a b.pt", "a-b.pt", "a/b.pt")
+    text = as_page(results_of(*(row(checkpoint=name) for name in names)))
+    sections = re.findall(r'<section class="probe" id="(.*?)">\s*<h2>cms-similarity · (.*?)</h2>', text)
+    links = re.findall(r'<a href="#(.*?)">cms-similarity</a></td><td class="text">(.*?)</td>', text)
+    assert links == sections
+    assert [name for _, name in sections] == list(names)
+    assert len({anchor for anchor, _ in sections}) == 3
+
+
 def test_nothing_to_report_is_no_page(tmp_path):
     with pytest.raises(MeasurementError, match="nothing to report"):
         write_page(Results(), tmp_path / "report.html")
