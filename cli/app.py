@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from hopeprobe.cli.options import given, refuse
+
 app = typer.Typer(
     name="hopeprobe",
     help="Mechanistic analysis of self-modifying memories: every number with its interval, its null and its verdict.",
@@ -77,6 +79,7 @@ def demo(
 
 @app.command()
 def train(
+    context: typer.Context,
     out: Out,
     preset: Annotated[str, typer.Option("--preset", help="nano, tiny, small or scaled.")] = "tiny",
     variant: Annotated[
@@ -121,6 +124,8 @@ def train(
     from hopeprobe.cli.gates import gate_config
     from hopeprobe.cli.training import run_training
 
+    if not probe:
+        refuse(given(context, "probe_every", "probe_tokens"), "no probe runs: name one with --probe")
     run_training(
         out,
         preset_name=preset,
@@ -266,6 +271,7 @@ def check(
 
 @app.command()
 def report(
+    context: typer.Context,
     targets: Annotated[
         list[Path],
         typer.Argument(
@@ -290,7 +296,8 @@ def report(
     """One page that needs no network: verdicts, figures, tables with their nulls, definitions."""
     from hopeprobe.cli.reporting import run_report
 
-    raise typer.Exit(run_report(targets, output, title, probe or [], every, data, tokens, files))
+    measuring = given(context, "probe", "every", "data", "tokens")
+    raise typer.Exit(run_report(targets, output, title, probe or [], every, data, tokens, files, measuring))
 
 
 @app.command()
@@ -373,6 +380,7 @@ Threads = Annotated[
 
 @app.command()
 def ablate(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option("--out", help="Folder of the grid; what is done in it is not repeated.")
     ],
@@ -414,6 +422,8 @@ def ablate(
         workers, threads,
     )  # fmt: skip
     probing = ProbeOptions.typed(probes, probe_steps, probe_tokens)
+    if probing is None:
+        refuse(given(context, "probe_steps", "probe_tokens"), "no probe runs: name some with --probes")
     raise typer.Exit(run_ablation(options, variants_from(variants), [], probing))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.analysis import report_missing
+from hopeprobe.cli.options import refuse
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model.checkpoint import run_checkpoints
@@ -26,8 +27,12 @@ def run_report(
     data: list[str],
     tokens: int,
     files: Path | None,
+    measuring: list[str],
 ) -> int:
-    """Measure what is not measured yet, write the page, and return the exit status: 3 when something is missing."""
+    """Measure what is not measured yet, write the page, and return the exit status: 3 when something is missing.
+
+    measuring: options typed that say how; BadInputError where there is nothing to measure.
+    """
     checkpoints: list[Path] = []
     folders: list[Path] = []
     read: list[Results] = []
@@ -39,6 +44,11 @@ def run_report(
             read.append(_results(target))
         else:
             checkpoints.append(target)
+    if not checkpoints:
+        refuse(
+            measuring,
+            "results are not measured again: leave it out, or name the checkpoints in place of results",
+        )
     # What cannot go together is told before hours are spent on measuring.
     check_names([*(one for results in read for one in results.checkpoints), *_named(checkpoints)])
     curves = _curves(folders)

@@ -236,6 +236,23 @@ def test_probes_run_while_it_trains(call, text, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value", "lacking"),
+    [
+        ("train", "--probe-every", 100, "--probe"),
+        ("train", "--probe-tokens", 5, "--probe"),
+        ("ablate", "--probe-steps", 1, "--probes"),
+        ("ablate", "--probe-tokens", 5, "--probes"),
+    ],
+)
+def test_how_to_probe_says_nothing_without_a_probe(call, text, tmp_path, command, option, value, lacking):
+    done = call(command, "--data", text, "--steps", 1, "--out", tmp_path / "run", option, value)
+    assert done.code == 2
+    assert f"{option}: no probe runs: name" in done.err
+    assert done.err.endswith(f"with {lacking}\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_gate_is_trained_with_kept_and_replaced(call, text, tmp_path):
     out = tmp_path / "run"
     gate = ["--gate", "excess", "--budget", "0.25"]

@@ -92,6 +92,22 @@ def test_what_is_missing_is_status_3_and_on_the_page(call, trained, few, tmp_pat
     assert "a hook never fired" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "option", [("--probe", "integrity"), ("--all",), ("--data", "builtin"), ("--tokens", 32_768)]
+)
+def test_results_are_not_measured_as_asked_without_a_word(call, trained, few, tmp_path, option):
+    """Some say what the default is: they were typed all the same."""
+    path, page = tmp_path / "results.json", tmp_path / "report.html"
+    assert call("analyze", trained / "step-000003.pt", *few, "--format", "json", "--output", path).code == 0
+    done = call("report", path, *option, "--output", page)
+    assert done.code == 2
+    assert done.err == (
+        f"hopeprobe: {option[0]}: results are not measured again: leave it out, or name the checkpoints in place of "
+        "results\n"
+    )
+    assert not page.exists()
+
+
 def test_what_cannot_be_reported(call, trained, few, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.json").write_text("")
