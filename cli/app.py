@@ -1,4 +1,7 @@
-"""The commands. Each parses its options and hands over; what takes time to import is imported when a command runs."""
+"""The commands. Each parses its options and hands over; what takes time to import is imported when a command runs.
+
+Those of the study are in `app_study`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,30 @@ from typing import Annotated
 
 import typer
 
-from hopeprobe.cli.options import given, refuse
+from hopeprobe.cli.app_study import ablate, compare, sweep
+from hopeprobe.cli.options import (
+    Batch,
+    Budget,
+    Carry,
+    Checkpoint,
+    Data,
+    Every,
+    Gate,
+    GateThreshold,
+    GateWrites,
+    LearningRate,
+    Preset,
+    Probe,
+    ProbeOrUsual,
+    Published,
+    Seed,
+    Split,
+    Tokens,
+    TruncateTicks,
+    WindowsAtOnce,
+    given,
+    refuse,
+)
 
 app = typer.Typer(
     name="hopeprobe",
@@ -18,31 +44,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Add --debug to any command to see the traceback behind an error.",
 )
-
-Data = Annotated[
-    list[str],
-    typer.Option(
-        "--data",
-        help="builtin, openwebtext, hf:NAME[:COLUMN], or a path to .txt, .jsonl or .parquet; may be repeated.",
-    ),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics.jsonl and run.json.")]
-Gate = Annotated[
-    str | None,
-    typer.Option(
-        "--gate",
-        help="absolute, quantile, zscore, ratio, excess, entropy-gap, assoc, momentum or random.",
-    ),
-]
-Budget = Annotated[
-    float | None, typer.Option("--budget", help="Of the gate: share of the tokens that are written, as 0.25.")
-]
-GateThreshold = Annotated[
-    float | None, typer.Option("--gate-threshold", help="Of the gate's score, in place of a budget.")
-]
-GateWrites = Annotated[
-    str, typer.Option("--gate-writes", help="Whose writes the gate is for: all, selfmod, cms or titans.")
-]
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,7 +70,7 @@ def demo(
         Path, typer.Option("--out", help="Folder for the run, the tables and the figures.")
     ] = Path("hopeprobe-demo"),
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 60,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Train a tiny HOPE on text that ships with Python, measure it beside its nulls, save tables and figures."""
     from hopeprobe.cli.demo import run_demo
@@ -80,24 +81,18 @@ def demo(
 @app.command()
 def train(
     context: typer.Context,
-    out: Out,
-    preset: Annotated[str, typer.Option("--preset", help="nano, tiny, small or scaled.")] = "tiny",
+    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics.jsonl and run.json.")],
+    preset: Preset = "tiny",
     variant: Annotated[
         str, typer.Option("--variant", help="Which mechanisms there are: hopeprobe params lists them.")
     ] = "full",
     data: Data = ["builtin"],  # noqa: B006 - typer copies it
     steps: Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps in total.")] = 2000,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of initial weights and data order.")] = 0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows a step.")] = 8,
-    learning_rate: Annotated[
-        float | None, typer.Option("--learning-rate", help="Of AdamW; default 3e-4, for nano and tiny 3e-3.")
-    ] = None,
-    published: Annotated[
-        bool, typer.Option("--published", help="The rule of the public reproduction, which collapses.")
-    ] = False,
-    truncate_ticks: Annotated[
-        int, typer.Option("--truncate-ticks", min=0, help="Cut the outer gradient every N ticks; 0: never.")
-    ] = 0,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    learning_rate: LearningRate = None,
+    published: Published = False,
+    truncate_ticks: TruncateTicks = 0,
     gate: Gate = None,
     budget: Budget = None,
     gate_threshold: GateThreshold = None,
@@ -150,19 +145,13 @@ def train(
 @app.command()
 def analyze(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.")],
-    probe: Annotated[
-        list[str] | None, typer.Option("--probe", help="A probe's name; repeat it for several.")
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every probe.")] = False,
+    probe: Probe = None,
+    every: Every = False,
     data: Data = ["builtin"],  # noqa: B006
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Scored tokens to measure on.")] = 32_768,
-    split: Annotated[str, typer.Option("--split", help="heldout, train or all documents.")] = "heldout",
-    carry: Annotated[
-        str, typer.Option("--carry", help="Fresh state at each window, or carried to the document's end.")
-    ] = "window",
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Windows at once; default by the model's context.")
-    ] = None,
+    tokens: Tokens = 32_768,
+    split: Split = "heldout",
+    carry: Carry = "window",
+    batch: WindowsAtOnce = None,
     gate: Gate = None,
     budget: Budget = None,
     gate_threshold: GateThreshold = None,
@@ -200,17 +189,12 @@ def baseline(
         list[Path], typer.Argument(metavar="CKPT...", help="One checkpoint, or one of each of several seeds.")
     ],
     output: Annotated[Path, typer.Option("--output", help="File of the baseline, to be committed.")],
-    probe: Annotated[
-        list[str] | None,
-        typer.Option("--probe", help="A probe's name; repeat it for several. Default: one a mechanism."),
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every probe.")] = False,
+    probe: ProbeOrUsual = None,
+    every: Every = False,
     data: Data = ["builtin"],  # noqa: B006
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Scored tokens to measure on.")] = 32_768,
-    split: Annotated[str, typer.Option("--split", help="heldout, train or all documents.")] = "heldout",
-    carry: Annotated[
-        str, typer.Option("--carry", help="Fresh state at each window, or carried to the document's end.")
-    ] = "window",
+    tokens: Tokens = 32_768,
+    split: Split = "heldout",
+    carry: Carry = "window",
     gate: Gate = None,
     budget: Budget = None,
     gate_threshold: GateThreshold = None,
@@ -248,9 +232,7 @@ def check(
             "--data", help="Where the baseline's text is now; default where it was. May be repeated."
         ),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option("--batch", min=1, help="Windows at once; default by the model's context.")
-    ] = None,
+    batch: WindowsAtOnce = None,
     every: Annotated[bool, typer.Option("--every", help="Show what did not move too.")] = False,
     output_format: Annotated[str, typer.Option("--format", help="table or json.")] = "table",
     output: Annotated[
@@ -281,13 +263,10 @@ def report(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="File of the page.")],
     title: Annotated[str | None, typer.Option("--title", help="Of the page; default what was given.")] = None,
-    probe: Annotated[
-        list[str] | None,
-        typer.Option("--probe", help="A probe's name; repeat it for several. Default: one a mechanism."),
-    ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every probe.")] = False,
+    probe: ProbeOrUsual = None,
+    every: Every = False,
     data: Data = ["builtin"],  # noqa: B006
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Scored tokens to measure on.")] = 32_768,
+    tokens: Tokens = 32_768,
     files: Annotated[
         Path | None,
         typer.Option("--files", help="Folder for figures (SVG, PNG) and tables (CSV, LaTeX) as files too."),
@@ -302,7 +281,7 @@ def report(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
+    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write, .safetensors.")],
 ) -> None:
     """Write a checkpoint's weights as safetensors, for other tools."""
@@ -314,7 +293,7 @@ def export(
 
 @app.command()
 def hooks(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")],
+    checkpoint: Checkpoint,
     pattern: Annotated[
         str | None, typer.Option("--pattern", help="A name or glob, for instance '*.cms.*'.")
     ] = None,
@@ -349,123 +328,5 @@ def params() -> None:
     show_params()
 
 
-Preset = Annotated[str, typer.Option("--preset", help="nano, tiny, small or scaled.")]
-Seeds = Annotated[int, typer.Option("--seeds", min=1, help="Seeds 0 to N - 1 of every cell.")]
-Steps = Annotated[
-    int, typer.Option("--steps", min=1, help="Optimiser steps of every cell; a grid can be extended.")
-]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Windows a step.")]
-LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", help="Of AdamW; default 3e-4, for nano and tiny 3e-3.")
-]
-HeldOutTokens = Annotated[
-    int, typer.Option("--tokens", min=1, help="Held-out tokens that the losses are measured on.")
-]
-CheckpointEvery = Annotated[
-    int, typer.Option("--checkpoint-every", min=1, help="Steps, and what a killed cell can lose.")
-]
-TruncateTicks = Annotated[
-    int, typer.Option("--truncate-ticks", min=0, help="Cut the outer gradient every N ticks; 0: never.")
-]
-Published = Annotated[
-    bool, typer.Option("--published", help="The rule of the public reproduction, which collapses.")
-]
-Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="Cells at once; default one a core, as memory allows.")
-]
-Threads = Annotated[
-    int, typer.Option("--threads", min=1, help="Of each worker; losses depend on it in their last digits.")
-]
-
-
-@app.command()
-def ablate(
-    context: typer.Context,
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder of the grid; what is done in it is not repeated.")
-    ],
-    preset: Preset = "tiny",
-    variants: Annotated[
-        str, typer.Option("--variants", help="Names with commas between; all: every variant.")
-    ] = "all",
-    seeds: Seeds = 3,
-    data: Data = ["builtin"],  # noqa: B006
-    steps: Steps = 2000,
-    batch: Batch = 8,
-    learning_rate: LearningRate = None,
-    tokens: HeldOutTokens = 32_768,
-    checkpoint_every: CheckpointEvery = 100,
-    truncate_ticks: TruncateTicks = 0,
-    published: Published = False,
-    workers: Workers = None,
-    threads: Threads = 1,
-    probes: Annotated[
-        str,
-        typer.Option("--probes", help="Probes to run on the checkpoints, commas between; all: every one."),
-    ] = "",
-    probe_steps: Annotated[
-        str,
-        typer.Option(
-            "--probe-steps", help="Steps to probe, commas between; default every checkpoint interval."
-        ),
-    ] = "",
-    probe_tokens: Annotated[
-        int, typer.Option("--probe-tokens", min=1, help="Scored tokens a probe.")
-    ] = 12_288,
-) -> None:
-    """Train every variant with several seeds; losses, paired differences, and what becomes of the study's claims."""
-    from hopeprobe.cli.probing import ProbeOptions
-    from hopeprobe.cli.study import GridOptions, run_ablation, variants_from
-
-    options = GridOptions(
-        out, preset, data, seeds, steps, batch, learning_rate, tokens, checkpoint_every, truncate_ticks, published,
-        workers, threads,
-    )  # fmt: skip
-    probing = ProbeOptions.typed(probes, probe_steps, probe_tokens)
-    if probing is None:
-        refuse(given(context, "probe_steps", "probe_tokens"), "no probe runs: name some with --probes")
-    raise typer.Exit(run_ablation(options, variants_from(variants), [], probing))
-
-
-@app.command()
-def sweep(
-    out: Annotated[Path, typer.Option("--out", help="Folder of the grid; that of ablate will do.")],
-    threshold: Annotated[
-        list[float],
-        typer.Option("--threshold", help="Surprise in nats that a token must exceed to be written."),
-    ],
-    preset: Preset = "tiny",
-    seeds: Seeds = 3,
-    data: Data = ["builtin"],  # noqa: B006
-    steps: Steps = 2000,
-    batch: Batch = 8,
-    learning_rate: LearningRate = None,
-    tokens: HeldOutTokens = 32_768,
-    checkpoint_every: CheckpointEvery = 100,
-    truncate_ticks: TruncateTicks = 0,
-    published: Published = False,
-    workers: Workers = None,
-    threads: Threads = 1,
-) -> None:
-    """Train `full` at several surprise thresholds; those under the lowest surprise are one computation and run once."""
-    from hopeprobe.cli.study import GridOptions, run_ablation
-
-    options = GridOptions(
-        out, preset, data, seeds, steps, batch, learning_rate, tokens, checkpoint_every, truncate_ticks, published,
-        workers, threads,
-    )  # fmt: skip
-    raise typer.Exit(run_ablation(options, [], threshold))
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of grids, one a size.")],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Folder for tables and figures; without it they are only shown."),
-    ] = None,
-) -> None:
-    """Redraw grids from their records; several by size: what each component matters, and whether the order turns."""
-    from hopeprobe.cli.study import run_comparison
-
-    raise typer.Exit(run_comparison(runs, out))
+for command in (ablate, sweep, compare):
+    app.command()(command)
