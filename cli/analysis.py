@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from hopeprobe.analysis import analyze, missing_from
+from hopeprobe.analysis import analyze, chosen_probes, missing_from
 from hopeprobe.cli.tables import result_tables
 from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
@@ -41,13 +42,12 @@ def run_analysis(
         raise BadInputError(f"--format is {output_format!r}, must be table, json or csv{hint}")
     if output_format == "csv" and output is None:
         raise BadInputError("--format csv writes two tables, results and nulls: name the file with --output")
-    if not probes and not every:
-        raise BadInputError(f"name a probe with --probe ({', '.join(PROBES)}), or take --all")
+    chosen = asked_probes(probes, every)
     with progress() as report:
         results = analyze(
             checkpoints,
-            probes=list(PROBES) if every else probes,
-            data=data if len(data) > 1 else data[0],
+            probes=chosen,
+            data=data,
             tokens=tokens,
             split=split,
             carry=carry,
@@ -60,6 +60,19 @@ def run_analysis(
         for path in save_figures(results, figures):
             say(console(stderr=True), f"figure: {path}")
     return report_missing(results)
+
+
+def asked_probes(names: list[str], every: bool, usual: Sequence[str] = ()) -> list[str]:
+    """What --probe and --all ask for, the usual ones where that is nothing.
+
+    Raises BadInputError for a name that there is not, with --all too, and where nothing is asked for or usual.
+    """
+    chosen = [probe.name for probe in chosen_probes(names)] if names else list(usual)
+    if every:
+        return list(PROBES)
+    if not chosen:
+        raise BadInputError(f"name a probe with --probe ({', '.join(PROBES)}), or take --all")
+    return chosen
 
 
 def write_results(results: Results, output_format: str, output: Path | None) -> None:

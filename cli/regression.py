@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hopeprobe.cells import number
+from hopeprobe.cli.analysis import asked_probes
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
@@ -38,11 +39,12 @@ def run_baseline(
 ) -> int:
     """Measure and write; 0."""
     tolerances = dict(map(_tolerance, tolerance))
+    chosen = asked_probes(probes, every, DEFAULT_PROBES)
     with progress() as report:
         made = make_baseline(
             checkpoints,
-            "all" if every else probes or DEFAULT_PROBES,
-            data if len(data) > 1 else data[0],
+            chosen,
+            data,
             tokens,
             split,
             carry,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hopeprobe.analysis import analyze
-from hopeprobe.cli.analysis import report_missing
+from hopeprobe.cli.analysis import asked_probes, report_missing
 from hopeprobe.cli.options import refuse
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError
@@ -33,6 +33,7 @@ def run_report(
 
     measuring: options typed that say how; BadInputError where there is nothing to measure.
     """
+    chosen = asked_probes(probes, every, DEFAULT_PROBES)
     checkpoints: list[Path] = []
     folders: list[Path] = []
     read: list[Results] = []
@@ -54,13 +55,7 @@ def run_report(
     curves = _curves(folders)
     if checkpoints:
         with progress() as report:
-            measured = analyze(
-                checkpoints,
-                "all" if every else probes or DEFAULT_PROBES,
-                data if len(data) > 1 else data[0],
-                tokens,
-                progress=report,
-            )
+            measured = analyze(checkpoints, chosen, data, tokens, progress=report)
         read.insert(0, measured)
     results = joined(read)
     name = title or ", ".join(target.name or str(target.resolve().name) for target in targets)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def load_data(data: list[str], report: Report) -> TokenData:
     """Tokenise, or take from the cache."""
     return load_tokens(
-        data if len(data) > 1 else data[0],
+        data,
         progress=lambda documents, tokens: report(f"tokenising: {tokens:,} tokens, document", documents, 0),
     )
 

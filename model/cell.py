@@ -275,7 +275,7 @@ def main() -> None:
         print(json.dumps({"step": step, "loss": loss}), flush=True)
 
     try:
-        run_cell(spec, load_tokens(list(spec.data) if len(spec.data) > 1 else spec.data[0]), told)
+        run_cell(spec, load_tokens(spec.data), told)
     except HopeprobeError as error:
         print(str(error), flush=True)
         sys.exit(error.exit_code)

@@ -412,6 +412,7 @@ def test_a_checkpoint_with_a_byte_changed_inside(call, trained, text, tmp_path):
     ("options", "expected"),
     [
         (["--probe", "cms-similarty"], "cms-similarity"),
+        (["--all", "--probe", "cms-similarty"], "cms-similarity"),
         (["--probe", "integrity", "--tokens", 10**9], "tokens"),
         (["--probe", "integrity", "--split", "heldot"], "heldout"),
         (["--probe", "integrity", "--format", "jsn"], "json"),

@@ -233,6 +233,17 @@ def test_an_unknown_tokenizer_split_or_document_is_refused(text: Path, kept: Pat
             data.document_tokens(document)
 
 
+@pytest.mark.parametrize("as_one", [lambda one: [one], lambda one: (str(one),)])
+def test_a_list_of_one_is_that_one(text: Path, kept: Path, monkeypatch, as_one):
+    """Its name, description and fingerprint too, and nothing is tokenised again."""
+    alone = load_tokens(text, cache_dir=kept)
+    refuse_to_tokenise(monkeypatch)
+    listed = load_tokens(as_one(text), cache_dir=kept)
+    assert listed.identity() == alone.identity()
+    assert alone.identity()["source"] == {"kind": "file", "path": str(text), "column": "text", "dropped": 0}
+    assert len(list(kept.iterdir())) == 1
+
+
 def test_several_sources_make_one_text(text: Path, tmp_path: Path, kept: Path):
     other = tmp_path / "other.txt"
     other.write_text("one more document")
