@@ -17,22 +17,45 @@ _INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; the entry point `hopeprobe`."""
+    given = sys.argv[1:] if arguments is None else arguments
     in_main = threading.current_thread() is threading.main_thread()
-    if (
-        in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    ):  # not where it is ignored (nohup)
-        signal.signal(signal.SIGINT, _interrupt)
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    # Not where it is ignored (nohup).
+    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        if ours:
+            signal.signal(signal.SIGINT, _interrupt)
+        status = run(given)
+        if ours:  # what is done is done, and ends as it says
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        if "--debug" in given:
+            raise
+        status = _interrupted()
+    sys.exit(status)
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     """Stop at the first interrupt as soon as the batches under way are done, at the second at once."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+    signal.signal(signal.SIGINT, _leave)
     raise KeyboardInterrupt
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> None:
+    os._exit(_INTERRUPTED)
 
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its status."""
+    debug = "--debug" in arguments
+    try:
+        return _run([a for a in arguments if a != "--debug"], debug)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return _interrupted()
+
+
+def _run(arguments: list[str], debug: bool) -> int:
     import typer
 
     from hopeprobe.cli.app import app
@@ -40,8 +63,6 @@ def run(arguments: list[str]) -> int:
 
     # typer brings a click of its own in some versions; its exceptions are found from what typer exports.
     usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="hopeprobe", standalone_mode=False)
     except HopeprobeError as error:
@@ -49,10 +70,8 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"hopeprobe: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        if debug:
-            raise
-        return _interrupted()
+    except typer.Abort as error:
+        raise KeyboardInterrupt from error
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader went away, `hopeprobe hooks ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,6 +82,8 @@ def run(arguments: list[str]) -> int:
         print(f"hopeprobe: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     except Exception as error:
+        if signal.getsignal(signal.SIGINT) is _leave:  # some libraries make another error of an interrupt
+            raise KeyboardInterrupt from error
         if not isinstance(error, usage_error):
             raise  # a defect of ours shows its traceback
         error.show()  # type: ignore[attr-defined]
@@ -73,7 +94,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _interrupted() -> int:
-    print("hopeprobe: interrupted; checkpoints written so far are complete", file=sys.stderr)
+    print("hopeprobe: interrupted; every file written so far is whole", file=sys.stderr)
     return _INTERRUPTED
 
 

@@ -10,7 +10,6 @@ nor pandas.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
     from hopeprobe.results import Results
     from hopeprobe.subject import Subject, load
 
-try:
-    __version__ = version("hopeprobe")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "unknown"
+    __version__: str
 
 _WHERE = {
     "PROBES": "hopeprobe.probes",
@@ -62,9 +58,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'hopeprobe' has no attribute {name!r}")
+
+
+def _version() -> str:
+    from importlib.metadata import (
+        PackageNotFoundError,
+        version,
+    )  # as long to import as the command line takes to start
+
+    try:
+        return version("hopeprobe")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "unknown"
 
 
 def __dir__() -> list[str]:

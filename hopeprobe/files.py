@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 from hopeprobe.errors import BadInputError
@@ -15,17 +16,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
     Folders on the way are made. Raises `BadInputError` naming the file when the disk is full or refuses.
     """
     target = Path(path)
-    partial = None
+    # Named before it is there: an interrupt as it is made finds it too.
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(
-            partial, 0o666 & ~_umask()
-        )  # mkstemp's 0600 would hide a result from those it is shared with
         os.replace(partial, target)
     except OSError as error:
         _remove(partial)
@@ -39,12 +37,6 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
     return target
 
 
-def _remove(partial: str | None) -> None:
-    if partial is not None and os.path.exists(partial):
-        os.unlink(partial)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _remove(partial: Path) -> None:
+    with contextlib.suppress(OSError):  # most often it is not there
+        partial.unlink()

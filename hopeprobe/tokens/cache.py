@@ -173,15 +173,16 @@ def _replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
     Only its own failures are told as such: what the block raises passes through.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temporary, "xb")  # noqa: SIM115 - closed below, where its error can be told apart
-
-    def write(content: bytes) -> None:
-        with _writing(path):
-            file.write(content)
-
+    file: BinaryIO | None = None
     try:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = opened = open(temporary, "xb")  # noqa: SIM115 - closed below, where its error can be told apart
+
+        def write(content: bytes) -> None:
+            with _writing(path):
+                opened.write(content)
+
         yield write
         with _writing(path):
             file.flush()
@@ -191,7 +192,8 @@ def _replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
     finally:
         # Closing writes what is buffered, which fails again on a full disk; the first error is told.
         with contextlib.suppress(OSError):
-            file.close()
+            if file is not None:
+                file.close()
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
