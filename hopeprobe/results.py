@@ -42,6 +42,10 @@ _RESULT_COLUMNS = (
 _NULL_COLUMNS = ("null_kind", "value", "low", "high", "n")
 
 _NAN = float("nan")
+_TEXTS = (
+    *("probe", "statistic", "checkpoint", "component", "condition", "position"),
+    *("unit", "dtype", "note", "null_kind"),
+)
 _INTEGERS = ("step", "layer", "n_tokens", "n_groups", "n")
 _FLOATS = ("value", "ci_low", "ci_high", "smallest_effect", "min_detectable", "p", "q", "low", "high")
 
@@ -305,23 +309,25 @@ class Results:
         """Read what `to_json` wrote. Raises BadInputError for anything else, an unknown column included."""
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise BadInputError(f"not a results document: {error}") from error
         if not isinstance(document, dict) or document.get("schema_version") not in _READABLE:
             known = " or ".join(map(str, _READABLE))
             raise BadInputError(f"not a results document of schema version {known}")
         try:
-            return cls(
+            made = cls(
                 [_row(ResultRow, record) for record in document["results"]],
                 [_row(NullRow, record) for record in document["nulls"]],
                 checkpoint=document["checkpoint"],
                 data=document["data"],
                 versions={name: document[name] for name in ("hopeprobe", "torch")},
             )
+            _check_missing(made.checkpoints)
         except KeyError as error:
             raise BadInputError(f"a results document without {error}") from error
         except (AttributeError, TypeError, ValueError) as error:
             raise BadInputError(f"a results document that cannot be used: {error}") from error
+        return made
 
     def write_json(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_json` to `path`. Raises BadInputError when that cannot be written."""
@@ -329,11 +335,16 @@ class Results:
 
     def write_csv(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
         """Write the results to `path` and the nulls beside it (`x.nulls.csv`); return both paths."""
-        path = Path(path)
-        nulls = path.with_name(path.name.removesuffix(".csv") + ".nulls.csv")
+        path, nulls = csv_files(path)
         write_atomically(nulls, self.nulls.to_csv(index=False, lineterminator="\n").encode())
         write_atomically(path, self.table.to_csv(index=False, lineterminator="\n").encode())
         return path, nulls
+
+
+def csv_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where `write_csv` writes the results, and the nulls."""
+    results = Path(path)
+    return results, results.with_name(results.name.removesuffix(".csv") + ".nulls.csv")
 
 
 def joined(several: Sequence[Results]) -> Results:
@@ -420,7 +431,18 @@ def _row(kind: type[_Row], record: Mapping[str, Any]) -> _Row:
     values: dict[str, Any] = {
         name: _NAN if value is None and name in _FLOATS else value for name, value in record.items()
     }
+    for name in _TEXTS:
+        if not isinstance(values.get(name, ""), str):
+            raise BadInputError(f"column {name!r} holds {values[name]!r}, which is no text")
     return kind(**values)
+
+
+def _check_missing(described: Iterable[Mapping[str, Any]]) -> None:
+    """Raise TypeError unless each checkpoint says what is missing, if anything, in a list of sentences."""
+    for one in described:
+        said = one.get("missing", [])
+        if not (isinstance(said, list) and all(isinstance(sentence, str) for sentence in said)):
+            raise TypeError(f"what is missing of a checkpoint is {said!r}, must be a list of sentences")
 
 
 def _frame(kind: type[_Key], rows: Sequence[_Key]) -> pd.DataFrame:

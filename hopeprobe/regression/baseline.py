@@ -197,11 +197,12 @@ class Baseline:
             )
         try:
             found = _from_document(document)
+            _check_kinds(found)
+            _check(found)
         except KeyError as error:
             raise BadInputError(f"is not a whole baseline: it has no {error}") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise BadInputError(f"is not a baseline that can be used: {error}") from None
-        _check(found)
         return found
 
 
@@ -265,6 +266,29 @@ def _tracked(record: Mapping[str, Any]) -> Tracked:
         fields[name] = math.nan if fields[name] is None else float(fields[name])
     fields["verdicts"] = tuple(map(Verdict, fields["verdicts"]))
     return Tracked(address, **fields)
+
+
+def _check_kinds(baseline: Baseline) -> None:
+    """Raise TypeError for a value of another kind than is written here, which would end in a traceback later."""
+    settings, text, number = baseline.settings, str, (int, float, type(None))
+    for name in (*settings.probes, *settings.data):
+        _check_kind("a name in probes or data", name, text)
+    _check_kind("split", settings.split, text)
+    _check_kind("carry", settings.carry, text)
+    _check_kind("tokens", settings.tokens, (int, type(None)))
+    if settings.gate is not None:
+        for name, value in dataclasses.asdict(settings.gate).items():
+            _check_kind(f"the gate's {name}", value, text if name in ("rule", "writes") else number)
+    for one in baseline.checkpoints:
+        _check_kind("the identity of a checkpoint", one.get("identity"), (str, type(None)))
+    for address in (*(one.address for one in baseline.tracked), *baseline.unmeasured):
+        for name, value in address._asdict().items():
+            _check_kind(f"the {name} of a number", value, (int, type(None)) if name == "layer" else text)
+
+
+def _check_kind(what: str, value: object, kinds: type | tuple[type, ...]) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{what} is {value!r}")
 
 
 def _check(baseline: Baseline) -> None:

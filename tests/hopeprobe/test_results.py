@@ -283,6 +283,7 @@ def test_duplicate_keys_raise_and_add_nothing():
         ("[]", "schema version"),
         ('{"schema_version": 99}', "schema version"),
         ('{"schema_version": 1}', "without"),
+        ("[" * 100_000, "not a results document"),
     ],
 )
 def test_other_documents_are_bad_input(text, message):
@@ -309,6 +310,33 @@ def test_an_unknown_column_names_its_neighbour():
         Results.from_json(json.dumps(document))
     document["results"] = ["text"]
     with pytest.raises(BadInputError):
+        Results.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("where", "column", "value"),
+    [
+        ("results", "note", 3),
+        ("results", "component", None),
+        ("results", "position", ["x"]),
+        ("results", "checkpoint", 7),
+        ("nulls", "null_kind", 1.5),
+    ],
+)
+def test_a_text_that_is_none_is_refused(where, column, value):
+    document = json.loads(example().to_json())
+    document[where][0][column] = value
+    with pytest.raises(BadInputError, match=rf"column '{column}' holds .*, which is no text"):
+        Results.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "described",
+    [{"missing": 3}, {"missing": "x"}, {"missing": [1]}, {"checkpoints": ["a.pt"]}, {"checkpoints": 3}],
+)
+def test_a_description_that_cannot_be_told_is_refused(described):
+    document = json.loads(example().to_json()) | {"checkpoint": described}
+    with pytest.raises(BadInputError, match="cannot be used"):
         Results.from_json(json.dumps(document))
 
 

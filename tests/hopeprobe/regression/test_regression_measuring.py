@@ -205,6 +205,24 @@ def edited(change):
         (edited(lambda d: d["statistics"][0].update(verdicts=["great"])), "can be used"),
         (edited(lambda d: d["statistics"].append(d["statistics"][0])), "twice"),
         (edited(lambda d: d["settings"].update(colour=1)), "can be used"),
+        (edited(lambda d: d["settings"].update(data=[3])), "a name in probes or data is 3"),
+        (
+            edited(lambda d: d["settings"].update(probes=[["surprise"]])),
+            r"a name in probes or data is \['surprise",
+        ),
+        (edited(lambda d: d["settings"].update(tokens="600")), "tokens is '600'"),
+        (edited(lambda d: d["settings"].update(tokens=True)), "tokens is True"),
+        (edited(lambda d: d["settings"].update(split=None)), "split is None"),
+        (edited(lambda d: d["settings"].update(carry=7)), "carry is 7"),
+        (edited(lambda d: d["settings"].update(gate={"rule": 7})), "the gate's rule is 7"),
+        (
+            edited(lambda d: d["settings"].update(gate={"rule": "random", "budget": "x"})),
+            "the gate's budget is 'x'",
+        ),
+        (edited(lambda d: d["statistics"][0].update(component=7)), "the component of a number is 7"),
+        (edited(lambda d: d["statistics"][0].update(probe=["x"])), "can be used"),
+        (edited(lambda d: d["statistics"][0].update(layer="0")), "the layer of a number is '0'"),
+        (edited(lambda d: d["checkpoints"][0].update(identity=["x"])), "identity of a checkpoint is"),
     ],
 )
 def test_files_that_are_no_baseline(content, message, given, row, results, tmp_path):
