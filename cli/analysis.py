@@ -12,10 +12,10 @@ from hopeprobe.analysis import analyze, chosen_probes, missing_from
 from hopeprobe.cli.tables import result_tables
 from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
-from hopeprobe.files import write_atomically
+from hopeprobe.files import check_places, write_atomically
 from hopeprobe.probes import PROBES
 from hopeprobe.report.export import file_names
-from hopeprobe.results import Results
+from hopeprobe.results import Results, csv_files
 from hopeprobe.subject import GateRule
 
 FORMATS = ("table", "json", "csv")
@@ -43,6 +43,8 @@ def run_analysis(
     if output_format == "csv" and output is None:
         raise BadInputError("--format csv writes two tables, results and nulls: name the file with --output")
     chosen = asked_probes(probes, every)
+    tables = csv_files(output) if output_format == "csv" and output is not None else (output,)
+    check_places(tables, [figures], [*checkpoints, *data])
     with progress() as report:
         results = analyze(
             checkpoints,

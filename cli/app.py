@@ -286,8 +286,10 @@ def export(
 ) -> None:
     """Write a checkpoint's weights as safetensors, for other tools."""
     from hopeprobe.exporting import export_weights
+    from hopeprobe.files import check_places
     from hopeprobe.opening import open_checkpoint
 
+    check_places([output], read=[checkpoint])
     typer.echo(f"wrote {export_weights(open_checkpoint(checkpoint), output)}")
 
 

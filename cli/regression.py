@@ -15,7 +15,7 @@ from hopeprobe.cells import number
 from hopeprobe.cli.analysis import asked_probes
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, near_names
-from hopeprobe.files import write_atomically
+from hopeprobe.files import check_places, write_atomically
 from hopeprobe.regression import DEFAULT_PROBES, Baseline, Check, check, make_baseline
 from hopeprobe.regression.comparing import COLUMNS, Outcome
 from hopeprobe.regression.reports import github_annotations, write_junit
@@ -40,6 +40,7 @@ def run_baseline(
     """Measure and write; 0."""
     tolerances = dict(map(_tolerance, tolerance))
     chosen = asked_probes(probes, every, DEFAULT_PROBES)
+    check_places([output], read=[*checkpoints, *data])
     with progress() as report:
         made = make_baseline(
             checkpoints,
@@ -77,6 +78,7 @@ def run_check(
         hint = near_names(output_format, ("table", "json"))
         raise BadInputError(f"--format is {output_format!r}, must be table or json{hint}")
     kept = Baseline.read(baseline)
+    check_places([output, junit], read=[*checkpoints, baseline, *(data or kept.settings.data)])
     with progress() as report:
         found = check(checkpoints, kept, data, batch=batch, progress=report)
     if junit is not None:

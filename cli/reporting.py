@@ -9,6 +9,7 @@ from hopeprobe.cli.analysis import asked_probes, report_missing
 from hopeprobe.cli.options import refuse
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.files import check_places
 from hopeprobe.model.checkpoint import run_checkpoints
 from hopeprobe.opening import labelled
 from hopeprobe.plots import draw_loss_curve
@@ -36,6 +37,7 @@ def run_report(
     chosen = asked_probes(probes, every, DEFAULT_PROBES)
     checkpoints: list[Path] = []
     folders: list[Path] = []
+    kept: list[Path] = []
     read: list[Results] = []
     for target in targets:
         if target.is_dir():
@@ -43,8 +45,10 @@ def run_report(
             folders.append(target if target.name else target.resolve())
         elif target.suffix == ".json":
             read.append(_results(target))
+            kept.append(target)
         else:
             checkpoints.append(target)
+    check_places([output], [files], [*checkpoints, *kept, *data])
     if not checkpoints:
         refuse(
             measuring,

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and telling early where nothing can be written."""
 
 from __future__ import annotations
 
@@ -6,8 +6,60 @@ import contextlib
 import os
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hopeprobe.errors import BadInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+def check_places(
+    files: Iterable[Path | None] = (), folders: Iterable[Path | None] = (), read: Iterable[str | Path] = ()
+) -> None:
+    """Raise BadInputError for a place that cannot be written to, before hours go into what would be written there.
+
+    files, folders: to write, None for one that was not asked for. read: what would be lost if it were written over.
+    """
+    given, known = [Path(one) for one in read], list[Path]()
+    for file in filter(None, files):
+        _check_file(file)
+        if any(_same(file, one) for one in given):
+            raise BadInputError(
+                f"cannot write {file}: it is read too, and would be lost; choose another file"
+            )
+        if any(_same(file, one) for one in known):
+            raise BadInputError(f"cannot write {file} twice: name a file for each of what is written")
+        known.append(file)
+    for folder in filter(None, folders):
+        _check_folder(folder, folder)
+
+
+def _check_file(file: Path) -> None:
+    if os.path.isdir(file):
+        raise BadInputError(f"cannot write {file}: it is a folder; name a file")
+    if os.path.exists(file) and not os.path.isfile(
+        file
+    ):  # what takes the place of /dev/null breaks more than this
+        raise BadInputError(f"cannot write {file}: it is no regular file; choose another")
+    _check_folder(file.parent, file)
+
+
+def _check_folder(folder: Path, target: Path) -> None:
+    """Look at the folder, or where it will be made, at the next one above that is there."""
+    there = next((one for one in (folder, *folder.parents) if os.path.exists(one)), Path())
+    if not os.path.isdir(there):
+        what = "it" if there == target else there
+        raise BadInputError(f"cannot write {target}: {what} is a file, not a folder; choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BadInputError(f"cannot write {target}: nothing may be written in {there}; choose another place")
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one of them is not there yet
+        return os.path.abspath(one) == os.path.abspath(other)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
@@ -16,6 +68,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
     Folders on the way are made. Raises `BadInputError` naming the file when the disk is full or refuses.
     """
     target = Path(path)
+    _check_file(target)
     # Named before it is there: an interrupt as it is made finds it too.
     partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:

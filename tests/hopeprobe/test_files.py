@@ -6,13 +6,14 @@ import functools
 import os
 import stat
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hopeprobe import files, nulls
 from hopeprobe.errors import BadInputError
-from hopeprobe.files import write_atomically
+from hopeprobe.files import check_places, write_atomically
 from hopeprobe.tokens import cache
 
 
@@ -103,11 +104,72 @@ def test_a_full_disk_while_it_is_written_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("where", [".", "/", "folder", "file/out"])
-def test_a_place_that_cannot_be_a_file_is_named(tmp_path, monkeypatch, where):
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A folder, a file and a pipe, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(BadInputError, match=rf"cannot write {where} "):
+    Path("folder").mkdir()
+    Path("file").write_text("old")
+    os.mkfifo("pipe")
+    yield
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder", "pipe"]
+    assert Path("file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        (".", "it is a folder"),
+        ("/", "it is a folder"),
+        ("folder", "it is a folder; name a file"),
+        ("file/out", "file is a file, not a folder"),
+        ("file/deep/out", "file is a file, not a folder"),
+        ("pipe", "it is no regular file"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_place_that_cannot_be_a_file_is_refused_early_and_late(places, where, why):
+    with pytest.raises(BadInputError, match=rf"^cannot write {where}.*: {why}"):
         write_atomically(where, b"x")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+    if len(where) < 256:
+        with pytest.raises(BadInputError, match=rf"^cannot write {where}: {why}"):
+            check_places([Path(where)])
+
+
+def test_a_place_that_cannot_be_a_folder(places):
+    with pytest.raises(
+        BadInputError, match=r"^cannot write file: it is a file, not a folder; choose another place"
+    ):
+        check_places(folders=[Path("file")])
+    with pytest.raises(BadInputError, match=r"^cannot write file/deep: file is a file"):
+        check_places(folders=[Path("file/deep")])
+    check_places([None, Path("new/deep/out"), Path("file")], [None, Path("folder"), Path("another/folder")])
+
+
+def test_a_folder_that_nothing_may_be_written_in(places, monkeypatch):
+    """As for those who are no administrators; these may write everywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: (str(path), mode) != ("folder", os.W_OK | os.X_OK))
+    for files_, folders in (
+        ([Path("folder/out")], []),
+        ([Path("folder/new/out")], []),
+        ([], [Path("folder")]),
+    ):
+        with pytest.raises(BadInputError, match="nothing may be written in folder; choose another place"):
+            check_places(files_, folders)
+    check_places([Path("out")])
+
+
+def test_what_is_read_is_not_written_over(places):
+    os.symlink(Path("file").absolute(), "folder/link")
+    for one, other in (
+        ("file", "file"),
+        ("folder/../file", "file"),
+        ("folder/link", "file"),
+        ("new", "./new"),
+    ):
+        with pytest.raises(BadInputError, match=f"cannot write {one}: it is read too"):
+            check_places([Path(one)], read=["builtin", other])
+        with pytest.raises(BadInputError, match=f"cannot write {other.removeprefix('./')} twice"):
+            check_places([Path(one), Path(other)])
+    check_places([Path("file"), Path("new")], read=["builtin", "folder/file"])
+    os.unlink("folder/link")
