@@ -6,12 +6,12 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from hopeprobe.cli.probing import ProbeOptions, probe_cells
@@ -22,29 +22,11 @@ from hopeprobe.model.config import PRESET_LEARNING_RATE
 from hopeprobe.model.grid import Setting, cells, known_cells, locked, run_grid, workers_for
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
-from hopeprobe.study import Cell, Grid, read_grid, scaling, summarise
-from hopeprobe.study.claims import claims
+from hopeprobe.study import Cell, Comparison, Grid, Table, compare
+from hopeprobe.study.comparison import FIGURES, probed_in
 from hopeprobe.study.grid import REFERENCE
-from hopeprobe.study.probed import read_probed
-from hopeprobe.study.scaling import by_size
-from hopeprobe.study.summary import is_threshold
-from hopeprobe.study.writing import (
-    CLAIMS_HEADER,
-    SCALING_HEADER,
-    SWEEP_HEADER,
-    TABLE_HEADER,
-    scaling_lines,
-    setting_lines,
-    sweep_lines,
-    table_lines,
-    write_claims,
-    write_scaling,
-    write_tables,
-)
+from hopeprobe.study.writing import write_claims, write_scaling, write_tables
 from hopeprobe.tokens import EvalWindows
-
-if TYPE_CHECKING:
-    from hopeprobe.plots.canvas import Canvas
 
 _STYLES = {"holds": "green", "does not hold": "red", "not resolved": "yellow"}
 
@@ -132,13 +114,14 @@ def run_ablation(
             failures = list(ran.failures)
             if probing is not None:
                 failures += probe_cells(options.out, specs, ran.records, data, probing, report)
-            written += write_claims(claims([grid], read_probed(options.out), grid), options.out)
-            written += save_study_figures([grid], options.out, options.out)
+            found = Comparison((grid,), grid, probed_in(options.out))
+            written += write_claims(found.answers, options.out)
+            written += save_study_figures(found, options.out)
     for failure in failures:
         say(screen, f"not measured: {failure}")
     for path in written:
         say(screen, f"wrote {path}")
-    show_grid(grid, console())
+    show_grids(found, console())
     diverged = [record for record in ran.records if record["status"] == "diverged"]
     for record in diverged:
         say(screen, f"diverged: {record['name']}, seed {record['seed']}: {record['why']}")
@@ -173,78 +156,52 @@ def grid_of(records: Sequence[dict[str, Any]]) -> Grid:
     )
 
 
-def show_grid(grid: Grid, screen: Console) -> None:
-    """Print a grid's tables."""
-    rows = summarise(grid)
-    for sentence in setting_lines(grid):
-        say(screen, sentence)
-    screen.print(_table("variants", TABLE_HEADER, table_lines(rows)))
-    if any(is_threshold(row.name) for row in rows):
-        screen.print(_table("surprise thresholds", SWEEP_HEADER, sweep_lines(rows)))
+def show_grids(found: Comparison, screen: Console) -> None:
+    """Print the tables of each grid."""
+    for name, table in found.variants.items():
+        for sentence in table.notes:
+            say(screen, sentence)
+        screen.print(_table("variants", table))
+        if name in found.thresholds:
+            screen.print(_table("surprise thresholds", found.thresholds[name]))
 
 
-def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=Text(title), title_justify="left")
-    for i, name in enumerate(header):
+def _table(title: str, content: Table) -> RichTable:
+    table = RichTable(title=Text(title), title_justify="left")
+    for i, name in enumerate(content.header):
         table.add_column(name, justify="left" if i == 0 or name in ("finding", "its claim") else "right")
-    for *first, claim in lines:
+    for *first, claim in content.lines:
         table.add_row(*map(Text, first), Text(claim, style=_STYLES.get(claim, "default")))
     return table
 
 
 def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
     """Redraw one or several grids from their records; several are set beside each other by size."""
-    folders = [path.parent if path.is_file() else path for path in folders]
-    grids = by_size([read_grid(folder) for folder in folders])
+    found = compare(*folders)
     screen = console()
-    for grid in grids:
-        show_grid(grid, screen)
-    growths = scaling(grids)
-    if growths:
-        screen.print(_table("sizes", SCALING_HEADER, scaling_lines(growths)))
-    probed, inside = _largest_probed(folders, grids)
-    found = claims(grids, read_probed(probed), inside)
-    if found:
-        screen.print(
-            _table("the study's claims", CLAIMS_HEADER, [dataclasses.astuple(claim) for claim in found])
-        )
+    show_grids(found, screen)
+    if found.growths:
+        screen.print(_table("sizes", found.sizes))
+    if found.answers:
+        screen.print(_table("the study's claims", found.claims))
     if out is not None:
         written = []
-        for grid in grids:
-            written += write_tables(grid, out if len(grids) == 1 else out / grid.preset)
-        if len(grids) > 1:
-            written += write_scaling(grids, growths, out)
-        written += write_claims(found, out)
-        for path in (*written, *save_study_figures(grids, probed, out)):
+        for grid in found.grids:
+            written += write_tables(grid, out if len(found.grids) == 1 else out / grid.preset)
+        if len(found.grids) > 1:
+            written += write_scaling(found.grids, found.growths, out)
+        written += write_claims(found.answers, out)
+        for path in (*written, *save_study_figures(found, out)):
             say(console(stderr=True), f"wrote {path}")
     return 0
 
 
-def _largest_probed(folders: Sequence[Path], grids: Sequence[Grid]) -> tuple[Path, Grid]:
-    """The folder and grid of the largest model that has probes, which are drawn; of the largest where none has."""
-    by_preset = {read_grid(folder).preset: folder for folder in folders}
-    found = [(by_preset[grid.preset], grid) for grid in reversed(grids)]
-    return next((pair for pair in found if read_probed(pair[0])), found[0])
-
-
-def save_study_figures(grids: Sequence[Grid], probed: Path, out: Path) -> list[Path]:
+def save_study_figures(found: Comparison, out: Path) -> list[Path]:
     """Figures 1 to 5 of the study, as far as there is something to draw."""
     from hopeprobe.plots import save
-    from hopeprobe.plots.study_losses import draw_curves, draw_importance
-    from hopeprobe.plots.study_probes import draw_cms, draw_gate, draw_memories
 
-    rows = [row for row in read_probed(probed) if row.name == REFERENCE]
-    drawings: list[tuple[str, Callable[[], Canvas]]] = [
-        ("figure-1.png", lambda: draw_cms(rows)),
-        ("figure-2.png", lambda: draw_memories(rows)),
-        ("figure-3.png", lambda: draw_gate(rows)),
-        ("figure-4.png", lambda: draw_importance(grids)),
-        ("figure-5.png", lambda: draw_curves(grids[-1])),
-    ]
-    written = []
-    for name, draw in drawings:
-        try:
-            written.append(save(draw(), out / name))
-        except (MeasurementError, BadInputError):  # nothing to draw, or nothing to compare with
-            (out / name).unlink(missing_ok=True)  # nor may one of another time stand there
-    return written
+    drawn = found.plot()
+    for name in (f"figure-{number}" for number in FIGURES):
+        if name not in drawn:  # one of another time may not stand there
+            (out / f"{name}.png").unlink(missing_ok=True)
+    return [save(figure, out / f"{name}.png") for name, figure in drawn.items()]

@@ -6,6 +6,7 @@ Pieces of HTML that need nothing else: no script, no style sheet, nothing from t
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from html import escape
@@ -15,7 +16,7 @@ from hopeprobe.cells import COLUMNS, by_probe, lines, notes
 from hopeprobe.stats.verdict import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from hopeprobe.results import Results
 
@@ -27,7 +28,15 @@ _COLOURS = {
 }
 _FAILED = "#c04a00"
 _CELL = "padding:2px 10px 2px 0;vertical-align:top"
-_TEXTS = ("checkpoint", "probe", "statistic", "layer", "component", "other nulls", "verdict")
+_RESULT_TEXTS = ("checkpoint", "probe", "statistic", "layer", "component", "other nulls", "verdict")
+_WORDS = {str(verdict): _COLOURS.get(verdict, _FAILED) for verdict in Verdict} | {
+    "holds": "#02805c",
+    "does not hold": _FAILED,
+    "not resolved": "#707070",
+}
+_NUMBER = re.compile(
+    r"$|–$|[-+−≈]?\[?\d"
+)  # what a cell of a column of numbers begins with, if it is not empty
 _OPEN = 40  # rows of one probe that are shown unfolded
 _SECONDS = 0.2  # between two changes of a bar
 
@@ -56,10 +65,24 @@ def as_html(results: Results) -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A table of texts with notes above it; without rows the notes alone."""
+    """A table of texts with notes above it; without rows the notes alone.
+
+    Columns of numbers are right-aligned; verdicts, also counted ("untrained 7, at-init 2"), and answers have their
+    colour.
+    """
     said = "".join(f"<div>{escape(note)}</div>" for note in notes)
-    body = [list(map(escape, cells)) for cells in rows]
-    return f'<div class="hopeprobe-results">{said}{_table(head, body) if body else ""}</div>'
+    given = [list(cells) for cells in rows]
+    texts = [name for name, *cells in zip(head, *given, strict=True) if not all(map(_NUMBER.match, cells))]
+    body = [[_in_colour(cell) for cell in cells] for cells in given]
+    return f'<div class="hopeprobe-results">{said}{_table(head, body, texts) if body else ""}</div>'
+
+
+def _in_colour(cell: str) -> str:
+    """A cell's text as HTML, each counted verdict or answer in its colour if it is a list of nothing else."""
+    parts = [(part, _WORDS.get(re.sub(r" \d+$", "", part))) for part in cell.split(", ")]
+    if not all(colour for _, colour in parts):
+        return escape(cell)
+    return ", ".join(f'<span style="color:{colour}">{escape(part)}</span>' for part, colour in parts)
 
 
 def _verdicts(results: Results, *, several: bool) -> str:
@@ -79,12 +102,12 @@ def _verdicts(results: Results, *, several: bool) -> str:
     return _table(head, body) if body else "<p>no results</p>"
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """Put cells that are HTML already under headings that are not."""
+def _table(head: Sequence[str], body: Iterable[Sequence[str]], texts: Collection[str] = _RESULT_TEXTS) -> str:
+    """Put cells that are HTML already under headings that are not; columns named in `texts` are left-aligned."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         aligned = (
-            f'<{tag} style="{_CELL};text-align:{"left" if name in _TEXTS else "right"}">{cell}</{tag}>'
+            f'<{tag} style="{_CELL};text-align:{"left" if name in texts else "right"}">{cell}</{tag}>'
             for name, cell in zip(head, cells, strict=True)
         )
         return f"<tr>{''.join(aligned)}</tr>"

@@ -6,11 +6,27 @@ summary     one row a variant: losses, paired differences to `full`, resolution,
 scaling     the same differences at several sizes
 claims      every published claim and its answer
 probed      rows of probes, over seeds
+comparison  all of it for one grid or several, as tables and figures for a notebook
+table       a table to read and to compute with
 writing     tables as CSV and Markdown
 """
 
+from .comparison import Comparison, compare
 from .grid import Cell, Grid, differences_to_study, read_grid
 from .scaling import Growth, scaling
 from .summary import Row, summarise
+from .table import Table
 
-__all__ = ["Cell", "Grid", "Growth", "Row", "differences_to_study", "read_grid", "scaling", "summarise"]
+__all__ = [
+    "Cell",
+    "Comparison",
+    "Grid",
+    "Growth",
+    "Row",
+    "Table",
+    "compare",
+    "differences_to_study",
+    "read_grid",
+    "scaling",
+    "summarise",
+]

@@ -179,7 +179,8 @@ def _is_number(value: object) -> bool:
 def read_grid(path: str | os.PathLike[str]) -> Grid:
     """Read the record of a grid, a file or the folder it lies in; BadInputError says what is wrong with it."""
     file = Path(path)
-    file = file / RECORD if file.is_dir() else file
+    if file.is_dir() or not (file.exists() or file.suffix == ".json"):
+        file /= RECORD
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -16,6 +16,7 @@ from .grid import REFERENCE, Grid, differences_to_study, layers_of
 from .published import NOISE, column
 from .scaling import Growth, other_differences
 from .summary import SAME, Row, is_threshold, summarise
+from .table import markdown
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,12 +99,16 @@ def table_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ]
 
 
+def sweep_rows(rows: Sequence[Row]) -> list[Row]:
+    """Rows of the table of thresholds: `full`, `no-surprise` and every threshold."""
+    return [row for row in rows if is_threshold(row.name) or row.name in (REFERENCE, "no-surprise")]
+
+
 def sweep_lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Cells of the table of thresholds, as text: `full`, `no-surprise` and every threshold."""
+    """Cells of the table of thresholds, as text."""
     return [
         (row.name, _percent(row.gate_rate), _number(row.surprise_min, 3), *_common(row))
-        for row in rows
-        if is_threshold(row.name) or row.name in (REFERENCE, "no-surprise")
+        for row in sweep_rows(rows)
     ]
 
 
@@ -203,12 +208,6 @@ def setting_lines(grid: Grid) -> list[str]:
             "Its cells ran on several machines, thread counts or versions: see `hardware` in the record."
         )
     return lines
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def write_tables(grid: Grid, folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from hopeprobe.cells import interval, lines, notes, number
-from hopeprobe.notebook import progress_of
+from hopeprobe.notebook import html_table, progress_of
 from hopeprobe.results import NullRow, ResultRow, Results
 from hopeprobe.stats import Verdict
 
@@ -209,3 +209,20 @@ def test_an_analysis_in_a_notebook_has_a_bar(displayed, toy_run, settings):
     analyze(toy_run / "step-000040.pt", "surprise", **settings)
     assert any("step-000040.pt" in one.get("text/html", "") for one in displayed)
     assert displayed[-1] == {"text/plain": ""}
+
+
+def test_tables_of_texts_align_numbers_and_colour_verdicts_and_answers():
+    head = ("name", "Δ", "verdict", "answer")
+    rows = [
+        ("a", "+0.1 [0, 1]", "untrained 7, at-init 2", "does not hold"),
+        ("1 b", "", "n/a", "<i>"),
+        ("c", "–", "untrained 7, or so", "learned by heart"),
+    ]
+    text = html_table(head, rows)
+    page = Page(text)
+    cells = [attributes["style"] for tag, attributes in page.tags if tag in ("th", "td")]
+    sides = [style.rpartition(":")[2] for style in cells]
+    assert sides == ["left", "right", "left", "left"] * 4
+    coloured = [said for tag, said in page.texts if tag == "span"]
+    assert coloured == ["untrained 7", "at-init 2", "does not hold", "n/a"]
+    assert {"untrained 7, or so", "learned by heart", "<i>"} <= set(page.words())
