@@ -44,7 +44,7 @@ def run_report(
             checkpoints.append(_last_of(target))
             folders.append(target if target.name else target.resolve())
         elif target.suffix == ".json":
-            read.append(_results(target))
+            read.append(Results.read_json(target))
             kept.append(target)
         else:
             checkpoints.append(target)
@@ -100,12 +100,3 @@ def _curves(folders: list[Path]) -> dict[str, Canvas]:
             except MeasurementError as error:  # a run of which no step is recorded
                 say(console(stderr=True), f"{record}: {error}")
     return curves
-
-
-def _results(path: Path) -> Results:
-    try:
-        return Results.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise BadInputError(f"{path} is no text, and so no results") from None
-    except BadInputError as error:
-        raise BadInputError(f"{path}: {error}; `hopeprobe analyze --format json` writes one") from None

@@ -329,6 +329,18 @@ class Results:
             raise BadInputError(f"a results document that cannot be used: {error}") from error
         return made
 
+    @classmethod
+    def read_json(cls, path: str | os.PathLike[str]) -> Results:
+        """Read what `write_json` or `hopeprobe analyze --format json` wrote. Raises BadInputError naming the file."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadInputError(f"cannot read {path}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise BadInputError(f"{path} is no text, and so no results") from None
+        except BadInputError as error:
+            raise BadInputError(f"{path}: {error}; `hopeprobe analyze --format json` writes one") from None
+
     def write_json(self, path: str | os.PathLike[str]) -> Path:
         """Write `to_json` to `path`. Raises BadInputError when that cannot be written."""
         return write_atomically(path, self.to_json().encode())

@@ -6,6 +6,7 @@ summary     one row a variant: losses, paired differences to `full`, resolution,
 scaling     the same differences at several sizes
 claims      every published claim and its answer
 probed      rows of probes, over seeds
+inside      any model's numbers beside those printed of what happens inside one
 comparison  all of it for one grid or several, as tables and figures for a notebook
 table       a table to read and to compute with
 writing     tables as CSV and Markdown
@@ -13,6 +14,7 @@ writing     tables as CSV and Markdown
 
 from .comparison import Comparison, compare
 from .grid import Cell, Grid, differences_to_study, read_grid
+from .inside import inside
 from .scaling import Growth, scaling
 from .summary import Row, summarise
 from .table import Table
@@ -26,6 +28,7 @@ __all__ = [
     "Table",
     "compare",
     "differences_to_study",
+    "inside",
     "read_grid",
     "scaling",
     "summarise",

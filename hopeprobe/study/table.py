@@ -34,7 +34,8 @@ class Table:
             return self.numbers()
         import pandas as pd
 
-        return pd.DataFrame(list(self.lines), columns=list(self.header))
+        frame: pd.DataFrame = pd.DataFrame(list(self.lines), columns=list(self.header))
+        return frame
 
     def __len__(self) -> int:
         return len(self.lines)

@@ -209,6 +209,20 @@ def test_write_json_replaces_the_file_and_leaves_nothing_behind(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["out.json"]
 
 
+def test_a_file_is_read_back_and_one_that_is_none_is_named(tmp_path):
+    path = example().write_json(tmp_path / "out.json")
+    assert Results.read_json(path).to_json() == example().to_json()
+    (tmp_path / "other.json").write_text('{"schema_version": 0}')
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
+    for name, said in {
+        "other.json": "other.json: not a results document .* `hopeprobe analyze --format json` writes one",
+        "bytes.json": "bytes.json is no text",
+        "absent.json": "cannot read .*absent.json: No such file",
+    }.items():
+        with pytest.raises(BadInputError, match=said):
+            Results.read_json(tmp_path / name)
+
+
 @pytest.mark.parametrize("write", ["write_json", "write_csv"])
 def test_what_cannot_be_written_is_bad_input_that_names_the_path(tmp_path, write):
     (tmp_path / "file").touch()
