@@ -15,14 +15,20 @@ table shows is that no figure of these sections needs any training, and that hop
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 import time
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
-RESULTS = Path(__file__).with_suffix(".json")
+from hopeprobe.results import Results
+from hopeprobe.study.published import INSIDE, Published
+
+FIGURES = Path(__file__).with_suffix(".json")
+RESULTS = FIGURES.with_name("reconstruction-results.json")  # of hopeprobe: rows and their nulls
 PAGE = Path(__file__).with_suffix(".md")
 CONFIG = {
     "model": {
@@ -46,10 +52,6 @@ OWN_SEED, SEED = 0, 1
 CONTEXT, TOKENS = 512, 16_384  # of the plain figures
 MEASURED, FRESH, FRESH_TOKENS = 1280, 5, 512  # of hopeprobe's
 THRESHOLDS = (5, 10, 20, 50)
-COLUMNS = (
-    "probe", "statistic", "condition", "layer", "component", "position",
-    "value", "ci_low", "ci_high", "verdict", "note",
-)  # fmt: skip
 STYLES = {
     "ratio": "{:.0e}",
     "gate": "{:.2%}",
@@ -59,45 +61,20 @@ STYLES = {
     "drift": "{:.2f}",
 }
 
-LARGE = "k.w1 k.w2 v.w1 v.w2 q.w1 q.w2 memory.w1 memory.w2"
-SMALL = "eta.w1 eta.w_skip alpha.w1 alpha.w_skip"
-MEMORIES = "selfmod.k selfmod.v selfmod.eta selfmod.alpha selfmod.memory"
-# What was published, the plain figure that stands beside it, and the rows that judge it: probe, statistic, components.
-ROWS = (
-    ("CMS level L2 norm", "~26.15, within 0.2 %", "level_norm", ("cms-dynamics", "weight_norm", "")),
-    ('CMS "inter-checkpoint drift"', "29.2–29.3", "level_drift", ("cms-dynamics", "displacement", "")),
-    ("self-modification parameters tracked", "84", "tracked", None),
-    ("drift of large projections", "≈ 13, flat", "matrix_drift", ("selfmod-drift", "displacement", LARGE)),
-    ("drift of small components: a row", "≈ 0.8", "row_drift", ("selfmod-drift", "displacement", SMALL)),
-    (
-        "… and the mean of an η or α memory",
-        "≈ 5",
-        "memory_drift",
-        ("selfmod-drift", "displacement", "eta alpha"),
-    ),
-    (
-        "cosine of fast and slow outputs",
-        "mean 0.77",
-        "output_cosine",
-        ("cms-similarity", "output_cosine", ""),
-    ),
-    ("cosine of what the levels add", "not reported", "delta_cosine", ("cms-similarity", "delta_cosine", "")),
-    ("per-token loss, mean", "66.7", "loss_mean", ("surprise", "mean_loss", "")),
-    ("per-token loss, standard deviation", "16.5", "loss_std", ("surprise", "loss_std", "")),
-    ("per-token loss, smallest", "9.3", "loss_min", ("surprise", "loss_quantile", "min")),
-    ("per-token loss, 10th percentile", "45.0", "loss_p10", ("surprise", "loss_quantile", "p10")),
-    ("gate open at τ = 5", "100 %", "gate_5", ("gate-selectivity", "pass_rate", "tau=5")),
-    ("gate open at τ = 10", "99.97 %", "gate_10", ("gate-selectivity", "pass_rate", "tau=10")),
-    ("gate open at τ = 20", "99.8 %", "gate_20", ("gate-selectivity", "pass_rate", "tau=20")),
-    ("gate open at τ = 50", "83.6 %", "gate_50", ("gate-selectivity", "pass_rate", "tau=50")),
-    (
-        "‖θ_fast − θ_meta‖ / ‖θ_meta‖, 16 tokens",
-        "≈ 1.0",
-        "relative_drift",
-        ("meta-fast", "relative_drift", MEMORIES),
-    ),
-    ("‖θ_fast‖ / ‖θ_meta‖, 16 tokens", "not reported", "norm_ratio", ("meta-fast", "norm_ratio", MEMORIES)),
+#: Two more figures that the study printed: which row of the table each comes after, and the rows that judge it.
+TRACKED = Published("tracked", "4.3", "self-modification parameters tracked", "84", "", "")
+MEAN = Published(
+    "memory_drift",
+    "4.3",
+    "… and the mean of an η or α memory",
+    "≈ 5",
+    "selfmod-drift",
+    "displacement",
+    "eta|alpha",
 )
+AFTER = {"delta_cosine": TRACKED, "row_drift": MEAN}
+INTEGRITY = Published("weights", "3", "the weights", "of training steps 200 to 2,000", "integrity", ".*")
+LENGTH = 16  # tokens after which fast weights are looked at
 
 
 def claimed():
@@ -191,18 +168,19 @@ def reading_figures(model, windows):
         "loss_std": float(loss.std()),
         "loss_min": float(loss.min()),
         "loss_p10": float(loss.quantile(0.1)),
+        "loss_p50": float(loss.median()),
         "tokens": len(loss),
         **{f"gate_{t}": float((loss > t).float().mean()) for t in THRESHOLDS},
     }
 
 
 def fast_figures(subject, windows):
-    """Fast weights after 16 tokens that the package reads and writes, of each memory: its matrices as one vector."""
+    """Fast weights after a few tokens that the package reads and writes, of each memory: its matrices as one vector."""
     import torch
 
     batch = next(iter(windows))
     drift, ratio = [], []
-    for row in subject.run(torch.from_numpy(batch.tokens[:4, :17])).state:
+    for row in subject.run(torch.from_numpy(batch.tokens[:4, : LENGTH + 1])).state:
         for block, state in zip(subject.module.peer.blocks, row.blocks, strict=True):
             for memory in subject.module.memories:
                 start, end = getattr(block.selfmod, f"m_{memory}"), getattr(state.selfmod_state, memory)
@@ -238,10 +216,9 @@ def measure():
     seconds = {"figures": round(time.monotonic() - started)}
 
     started = time.monotonic()
-    wanted = {row[3][0] for row in ROWS if row[3]}
     results = analyze(
         subject,
-        [name for name in PROBES if name in {"integrity", *wanted}],
+        [name for name in PROBES if name in {figure.probe for figure in INSIDE}],
         data=text,
         tokens=MEASURED,
         batch=8,
@@ -250,27 +227,37 @@ def measure():
         progress=lambda what, done, total: print(f"{what}: {done}/{total}", end="\r", file=sys.stderr),
     )
     seconds["hopeprobe"] = round(time.monotonic() - started)
-    kept = [
-        {c: rounded(row[c]) for c in COLUMNS if row[c] not in (None, "")}
-        for row in json.loads(results.to_json())["results"]
-        if row["probe"] == "integrity" or any(matches(row, *judged) for *_, judged in ROWS if judged)
-    ]
     versions = {name: metadata.version(name) for name in ("nested-learning", "hopeprobe", "torch")}
-    return {
+    document = {
         "what": "hope_selfmod of nested-learning, seed 1, said to be step 2,000 of a run that began at seed 0",
         "command": "make reconstruction",
         "versions": versions,
         "seconds": seconds,
         "config": CONFIG,
         "figures": {key: rounded(value) for key, value in figures.items()},
-        "missing": results.checkpoint["missing"],
-        "data": results.data,
-        "results": kept,
     }
+    return document, judging(results)
+
+
+def judging(results):
+    """The rows that judge a figure, and their nulls, with as many digits as a table needs."""
+    rows = [row for row in results.rows if any(judges(row, figure) for figure in (INTEGRITY, MEAN, *INSIDE))]
+    kept = {row.key for row in rows}
+    nulls = [null for null in results.null_rows if null.key[:-1] in kept]
+    return Results(
+        map(with_six_digits, rows), map(with_six_digits, nulls),
+        checkpoint=results.checkpoint, data=results.data, versions=results.versions,
+    )  # fmt: skip
+
+
+def with_six_digits(row):
+    """Beyond is what two machines may have different."""
+    fields = dataclasses.asdict(row)
+    return dataclasses.replace(row, **{k: rounded(v) for k, v in fields.items() if isinstance(v, float)})
 
 
 def rounded(value):
-    """Six digits are enough for a table, and the same on every machine that has the same torch."""
+    """Six digits are enough for a table."""
     if isinstance(value, list):
         return [rounded(v) for v in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -285,40 +272,52 @@ def shown(key, value):
     return " to ".join(dict.fromkeys(texts))
 
 
-def matches(row, probe, statistic="", components=""):
+def judges(row, figure):
     """Whether a row of results is one of those that judge a figure."""
     return (
-        row["probe"] == probe
-        and statistic in ("", row["statistic"])
-        and (not components or row.get("component") in components.split())
+        row.probe == figure.probe
+        and re.fullmatch(figure.statistic, row.statistic) is not None
+        and re.fullmatch(figure.component, row.component) is not None
     )
 
 
-def verdicts(document, *judged):
+def verdicts(results, figure):
     """How rows were judged, counted, and how many notes say that these are other initial weights than the run's."""
-    rows = [row for row in document["results"] if matches(row, *judged)]
-    counts = Counter(row["verdict"] for row in rows)
+    if not figure.probe:
+        return "a count"
+    rows = [row for row in results.rows if judges(row, figure)]
+    counts = Counter(map(str, (row.verdict for row in rows)))
     counted = ", ".join(f"{verdict} ({n})" for verdict, n in sorted(counts.items())) or "not measured"
-    alike = sum("another initialisation" in row.get("note", "") for row in rows)
-    return f"{judged[0]}: {counted}" + (f"; {alike} say: another initialisation" if alike else "")
+    alike = sum("another initialisation" in row.note for row in rows)
+    return f"{figure.probe}: {counted}" + (f"; {alike} say: another initialisation" if alike else "")
 
 
-def table(document):
+def figures_in_order():
+    """What the table has a row of: all that the study printed."""
+    for figure in INSIDE:
+        if figure.probe != "integrity":
+            yield figure
+        if figure.key in AFTER:
+            yield AFTER[figure.key]
+
+
+def table(document, results):
     """The table, Markdown."""
     lines = [
         "| quantity | published | never trained | hopeprobe's verdict (rows) |",
         "|---|---|---|---|",
-        f"| the weights | of training steps 200 to 2,000 | initial | {verdicts(document, 'integrity')} |",
+        f"| {INTEGRITY.quantity} | {INTEGRITY.printed} | initial | {verdicts(results, INTEGRITY)} |",
     ]
-    for quantity, published, key, judged in ROWS:
-        verdict = verdicts(document, *judged) if judged else "a count"
-        lines.append(f"| {quantity} | {published} | {shown(key, document['figures'][key])} | {verdict} |")
+    for figure in figures_in_order():
+        quantity = figure.quantity + (f", {LENGTH} tokens" if figure.probe == "meta-fast" else "")
+        value = shown(figure.key, document["figures"][figure.key])
+        lines.append(f"| {quantity} | {figure.printed} | {value} | {verdicts(results, figure)} |")
     return "\n".join(lines)
 
 
-def page(document):
+def page(document, results):
     """The table with what it takes to read it."""
-    model, data, figures = document["config"]["model"], document["data"], document["figures"]
+    model, data, figures = document["config"]["model"], results.data, document["figures"]
     d, made = model["dim"], document["versions"]
     norm, drift, projections = level_norm(d, 4 * d), level_drift(d, 4 * d), (2 * d / 3) ** 0.5
     return f"""# Sections 4.2 to 4.4 of "Dissecting HOPE", without any training
@@ -329,7 +328,7 @@ step {STEPS:,} of a run that began at seed {OWN_SEED}. *Never trained* is comput
 alone, on {figures["tokens"]:,} tokens; the verdicts are hopeprobe's, on {data["tokens"]:,} tokens of
 {data["documents"]} documents. Text: `builtin`, held out.
 
-{table(document)}
+{table(document, results)}
 
 No figure needs training. With h = 4d a level's norm is √(d + h/3 + d/3 + h/(3d) + d/(3h)) = {norm:.2f}; two levels lie
 {drift:.2f} apart, two projections √(2d/3) = {projections:.2f}, two rows √(2/3) = 0.82. That the study's checkpoints
@@ -345,10 +344,13 @@ def main():
         "--page", action="store_true", help="make the page anew from the committed numbers, no more"
     )
     if not parser.parse_args().page:
-        RESULTS.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    document = json.loads(RESULTS.read_text(encoding="utf-8"))
-    PAGE.write_text(page(document), encoding="utf-8")
-    print(table(document))
+        document, results = measure()
+        FIGURES.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        results.write_json(RESULTS)
+    document = json.loads(FIGURES.read_text(encoding="utf-8"))
+    results = Results.read_json(RESULTS)
+    PAGE.write_text(page(document, results), encoding="utf-8")
+    print(table(document, results))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import json
 import pytest
 from peer_toys import recipe
 
+from hopeprobe.results import Results
+
 pytestmark = pytest.mark.peers
 
 
@@ -18,13 +20,14 @@ def test_the_recipe_runs_and_its_figures_are_those_of_any_untrained_model(monkey
     small = {"CONFIG": config, "CONTEXT": 32, "TOKENS": 1024, "MEASURED": 560, "FRESH": 2, "FRESH_TOKENS": 64}
     for name, value in small.items():
         monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "small.json")
-    monkeypatch.setattr(module, "PAGE", tmp_path / "small.md")
+    for name, file in {"FIGURES": "small.json", "RESULTS": "results.json", "PAGE": "small.md"}.items():
+        monkeypatch.setattr(module, name, tmp_path / file)
     monkeypatch.setenv("HOPEPROBE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("sys.argv", ["reconstruction.py"])
     module.main()
 
     document = json.loads((tmp_path / "small.json").read_text())
+    results = Results.read_json(tmp_path / "results.json")
     d, h = 16, 64
     figures = document["figures"]
     assert figures["tracked"] == 2 * 14
@@ -33,8 +36,9 @@ def test_the_recipe_runs_and_its_figures_are_those_of_any_untrained_model(monkey
     assert all(value == pytest.approx(drift, rel=0.1) for value in figures["level_drift"])
     assert all(0.99 < value < 1.01 for value in figures["relative_drift"])
     # Of the other probes' rows one in twenty may say `learned` by chance: integrity is what tells.
-    assert {row["verdict"] for row in document["results"] if row["probe"] == "integrity"} == {"untrained"}
-    assert document["missing"] == []
+    assert {row.verdict for row in results.rows if row.probe == "integrity"} == {"untrained"}
+    assert results.missing == []
+    assert {null.null_kind for null in results.null_rows} >= {"own-init", "fresh-init"}
     printed = capsys.readouterr().out
-    assert module.table(document) in printed
-    assert module.table(document) in (tmp_path / "small.md").read_text()
+    assert module.table(document, results) in printed
+    assert module.table(document, results) in (tmp_path / "small.md").read_text()
