@@ -50,7 +50,8 @@ _SCALING = {
 def claims(grids: Sequence[Grid], probed: Sequence[Probed], inside: Grid) -> list[Claim]:
     """Claims on which these grids, smaller ones first, and probes of `full` in `inside` have something to say.
 
-    Probes of another step than the last of that grid say nothing of it.
+    In the study's order, by section and then figure or table. Probes of another step than the last of that grid say
+    nothing of it.
     """
     found = []
     for grid in grids:
@@ -72,7 +73,8 @@ def claims(grids: Sequence[Grid], probed: Sequence[Probed], inside: Grid) -> lis
     for grid in grids:
         found += _of_thresholds(grid, summarise(grid))
     end = [row for row in probed if row.name == REFERENCE and row.step == inside.train["steps"]]
-    return found + [replace(claim, measured=f"{inside.preset}: {claim.measured}") for claim in _inside(end)]
+    found += [replace(claim, measured=f"{inside.preset}: {claim.measured}") for claim in _inside(end)]
+    return sorted(found, key=lambda claim: claim.where)
 
 
 def _printed(published: tuple[float, float] | None) -> str:

@@ -44,6 +44,18 @@ def test_two_sizes_answer_the_claims_about_growth(made):
     }
 
 
+def test_claims_are_in_the_study_s_order(made):
+    large = grid([dataclasses.replace(c, parameters=2000) for c in made.cells], preset="big")
+    gates = [cell("full-tau-0.1", s, 7.0, variant="full", threshold=0.1, surprise_min=0.05) for s in range(4)]
+    rows = [
+        row("mean_loss", 7.2, probe="surprise"),
+        row("output_cosine", 0.7, component="fast|slow", layer=0),
+    ]
+    found = claims([grid([*made.cells, *gates]), large], rows, large)
+    assert [claim.where[:3] for claim in found] == ["4.1"] * 6 + ["4.2", "4.4", "4.4"] + ["4.5"] * 3
+    assert [claim.measured[:4] for claim in found][:6] == ["tiny"] * 3 + ["big:"] * 3
+
+
 @pytest.mark.parametrize(("rate", "answer"), [(1.0, "holds"), (0.9999, "does not hold")])
 def test_thresholds_that_let_all_pass(made, rate, answer):
     more = [
