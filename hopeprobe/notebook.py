@@ -67,12 +67,13 @@ def as_html(results: Results) -> str:
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """A table of texts with notes above it; without rows the notes alone.
 
-    Columns of numbers are right-aligned; verdicts, also counted ("untrained 7, at-init 2"), and answers have their
-    colour.
+    Columns of numbers are right-aligned, but for the first, which names a line. Verdicts, also counted ("untrained 7,
+    at-init 2"), and answers have their colour.
     """
     said = "".join(f"<div>{escape(note)}</div>" for note in notes)
     given = [list(cells) for cells in rows]
-    texts = [name for name, *cells in zip(head, *given, strict=True) if not all(map(_NUMBER.match, cells))]
+    columns = zip(head, *given, strict=True)
+    texts = [name for i, (name, *cells) in enumerate(columns) if i == 0 or not all(map(_NUMBER.match, cells))]
     body = [[_in_colour(cell) for cell in cells] for cells in given]
     return f'<div class="hopeprobe-results">{said}{_table(head, body, texts) if body else ""}</div>'
 

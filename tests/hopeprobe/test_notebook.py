@@ -214,9 +214,9 @@ def test_an_analysis_in_a_notebook_has_a_bar(displayed, toy_run, settings):
 def test_tables_of_texts_align_numbers_and_colour_verdicts_and_answers():
     head = ("name", "Δ", "verdict", "answer")
     rows = [
-        ("a", "+0.1 [0, 1]", "untrained 7, at-init 2", "does not hold"),
+        ("4.1, a", "+0.1 [0, 1]", "untrained 7, at-init 2", "does not hold"),
         ("1 b", "", "n/a", "<i>"),
-        ("c", "–", "untrained 7, or so", "learned by heart"),
+        ("2", "–", "untrained 7, or so", "learned by heart"),
     ]
     text = html_table(head, rows)
     page = Page(text)
