@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.foreign import what_reads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,7 +218,8 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
             of a registered one, or its plain data (`hopeprobe.mapping`).
 
     Raises:
-        BadInputError: there is no such file, it is damaged, no loader knows it, or the map cannot be used.
+        BadInputError: there is no such file, it is damaged, no loader knows it (of a kind that an adapter of ours would
+            know, it says what to install), or the map cannot be used.
 
     """
     file = Path(path)
@@ -244,12 +246,20 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
         from hopeprobe.mapping import load_mapped
 
         return load_mapped(file, map)
-    tried = []
+    tried, broken = list[str](), list[str]()
     for entry in entry_points(group=LOADER_GROUP):
-        loader: Callable[[Path], Subject | None] = entry.load()
+        try:
+            loader: Callable[[Path], Subject | None] = entry.load()
+        except ImportError as error:  # an adapter without what it needs: no reason for the others to fail
+            broken.append(f"{entry.name} ({error})")
+            continue
         subject = loader(file)
         if subject is not None:
             return subject
         tried.append(entry.name)
     known = f"known kinds: {', '.join(tried)}" if tried else "no loader is installed"
-    raise BadInputError(f"{file} is not a checkpoint that can be read ({known})")
+    known += f"; not usable: {', '.join(broken)}" if broken else ""
+    hint = what_reads(file)
+    raise BadInputError(
+        f"{file} is not a checkpoint that can be read ({known})" + (f": {hint}" if hint else "")
+    )
