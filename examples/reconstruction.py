@@ -179,10 +179,11 @@ def fast_figures(subject, windows):
     import torch
 
     batch = next(iter(windows))
+    memories = [name.partition(".")[2] for name in subject.write_periods() if name.startswith("selfmod.")]
     drift, ratio = [], []
     for row in subject.run(torch.from_numpy(batch.tokens[:4, : LENGTH + 1])).state:
-        for block, state in zip(subject.module.peer.blocks, row.blocks, strict=True):
-            for memory in subject.module.memories:
+        for block, state in zip(subject.module.peer.blocks, row.fast.blocks, strict=True):
+            for memory in memories:
                 start, end = getattr(block.selfmod, f"m_{memory}"), getattr(state.selfmod_state, memory)
                 names = [name for name in ("w1", "w2", "w_skip") if getattr(end, name) is not None]
                 meta = [getattr(start, name).weight for name in names]

@@ -1,6 +1,7 @@
 """The package's model with hook points: its own forward pass, run a call at a time, a row at a time.
 
-What a call is, and what follows from the package's code, stands at the top of `nested_learning_subject`.
+What a call is, and what follows from the package's code, stands at the top of `nested_learning_subject`; what each
+mechanism does, at the top of its part.
 """
 
 from __future__ import annotations
@@ -9,10 +10,23 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from nested_learning_parts import (
+    OF_GATE,
+    OF_TOKENS,
+    Opening,
+    Part,
+    Recorder,
+    Row,
+    add_stream,
+    openings,
+    parts_of,
+)
+from nested_learning_surprise import Surprise, rule_of, surprise_of
 from torch import Tensor, nn
 
 from hopeprobe.errors import BadInputError
@@ -20,21 +34,36 @@ from hopeprobe.hooks import Hooked, HookPoint, HookRegistry, HookSpec
 from hopeprobe.subject import WindowLosses
 
 if TYPE_CHECKING:
-    from nested_learning.fast_state import BlockFastState, ModelFastState
+    from nested_learning.fast_state import BlockFastState, ModelAttentionCache
     from nested_learning.model import HOPEModel
+    from nested_learning.titan.model import TitanOnlyModel
 
-MEMORY_WEIGHTS = {"w1": "w1", "w2": "w2", "skip": "w_skip"}
-"""A memory's weights by the name of their hook point, as the package calls them."""
-CMS_WEIGHTS = {"in": "net.1.weight", "out": "net.3.weight"}
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How the package calls its model in training.
+
+    tick: tokens of a call. whole: a call is a window, with its last token, which is only a target, and nothing is left
+    pending. per_layer: a teach signal for each block. carry: attention's keys and values go from one call to the next.
+    differentiable: writes are steps that a gradient passes.
+    """
+
+    tick: int
+    whole: bool = False
+    per_layer: bool = False
+    carry: bool = False
+    differentiable: bool = False
 
 
 class _Read(NamedTuple):
     """What reading a tick of one row leaves for its write."""
 
+    inputs: Tensor  # (1, n), or (1, n + 1) of a whole window
     losses: Tensor  # (n,) nats
     seen: dict[str, Tensor]  # (1, n, d) by hook point
     signal: dict[str, Any]  # the teach signal, as the package's forward takes it
-    passes: list[bool]  # the surprise gate of each block
+    surprise: Surprise
+    attention: ModelAttentionCache | None
 
 
 class HookedPeer(Hooked, nn.Module):
@@ -43,88 +72,46 @@ class HookedPeer(Hooked, nn.Module):
     A gate is of a whole call: an edit opens or closes all tokens of a row's tick, else it raises BadInputError.
     """
 
-    def __init__(self, model: HOPEModel, tick: int, per_layer_teach: bool) -> None:
+    def __init__(self, model: HOPEModel | TitanOnlyModel, calls: Calls) -> None:
         super().__init__()
         self.peer = model.eval()
-        self.tick = tick
-        self.per_layer_teach = per_layer_teach
-        self._seen: dict[str, Tensor] | None = None  # filled while a tick is read, not while it is written
+        self.calls = calls
+        self._recorder = Recorder()
+        self.parts: list[list[Part]] = [parts_of(i, block) for i, block in enumerate(model.blocks)]
         registry = HookRegistry()
         self.hook_surprise = registry.add(
             "hook_surprise", HookSpec(("batch", "pos"), "tick", False, "s_t = CE_t")
         )
-        metric, threshold = model.get_surprise_metric(), model.get_surprise_threshold()
-        rule = "g = 1" if threshold is None else f"g = [{metric} surprise of the tick >= {threshold:g}]"
-        # With teach signals of their own, blocks have gates of their own: there is no one gate to show.
-        one_gate = threshold is None or metric != "l2" or not per_layer_teach
-        gate = HookSpec(("batch", "pos"), "tick", True, rule)
-        self.hook_gate = registry.add("hook_gate", gate) if one_gate else None
+        registry.add("hook_embed", HookSpec(OF_TOKENS, "tick", False, "e = E[token]"))
+        self._recorder.gives(model.embed, "hook_embed")
+        rule, one_gate = rule_of(model, calls.per_layer)
         for i, block in enumerate(model.blocks):
-            block.config = dataclasses.replace(block.config)  # all blocks share one
-            self._add_selfmod(registry, f"blocks.{i}.selfmod")
-            for level in self.levels:
-                self._add_level(registry, f"blocks.{i}.cms.{level}", block.cms.blocks[level], rule)
+            add_stream(registry, self._recorder, i, block)
+            for part in self.parts[i]:
+                part.add_points(registry, self._recorder, rule)
+        held = any(part.gated and part.gates for parts in self.parts for part in parts)
+        self.hook_gate = None
+        if held and one_gate:
+            self.hook_gate = registry.add("hook_gate", HookSpec(OF_GATE, "tick", True, rule))
         self._register_hooks(registry)
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """Names of the CMS levels, in their order."""
-        return tuple(spec.name for spec in self.peer.config.cms_levels)
-
-    @property
-    def memories(self) -> tuple[str, ...]:
-        """Names of the memories that are written."""
-        config = self.peer.config
-        optional = {"q": config.self_mod_adaptive_q, "alpha": config.self_mod_use_alpha}
-        return tuple(m for m in ("k", "v", "q", "eta", "alpha", "memory") if optional.get(m, True))
-
-    def _add_selfmod(self, registry: HookRegistry, prefix: str) -> None:
-        of_tokens, of_gate = ("batch", "pos", "d_model"), ("batch", "pos")
-        registry.add(f"{prefix}.hook_out", HookSpec(of_tokens, "tick", False, "y = M_memory(q)"))
-        registry.add(f"{prefix}.hook_write_gate", HookSpec(of_gate, "tick", True, "g = 1"))
-        for memory in self.memories:
-            for name in self._weights_of(memory):
-                spec = HookSpec(("batch", "out", "in"), "write", False, "after the writes of the tick")
-                registry.add(f"{prefix}.{memory}.hook_fast_{name}", spec)
-
-    def _weights_of(self, memory: str) -> list[str]:
-        module = getattr(self.peer.blocks[0].selfmod, f"m_{memory}")
-        return [name for name, theirs in MEMORY_WEIGHTS.items() if getattr(module, theirs) is not None]
-
-    def _add_level(self, registry: HookRegistry, prefix: str, module: nn.Module, rule: str) -> None:
-        dims = ("batch", "pos", "d_model")
-        for name, equation in (
-            ("in", "out of the level before"),
-            ("delta", "W_out gelu(W_in LayerNorm(in) + b_in) + b_out"),
-            ("out", "in + delta"),
-        ):
-            registry.add(f"{prefix}.hook_{name}", HookSpec(dims, "tick", False, equation))
-        registry.add(f"{prefix}.hook_write_gate", HookSpec(("batch", "pos"), "tick", True, rule))
-        for name in CMS_WEIGHTS:
-            spec = HookSpec(("batch", "out", "in"), "write", False, f"W_{name} + what was written")
-            registry.add(f"{prefix}.hook_fast_{name}", spec)
-
-        def whole(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            if self._seen is not None:
-                self._seen[f"{prefix}.hook_in"], self._seen[f"{prefix}.hook_out"] = args[0], out
-
-        def added(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
-            if self._seen is not None:
-                self._seen[f"{prefix}.hook_delta"] = out
-
-        module.register_forward_hook(whole)
-        module.net.register_forward_hook(added)
 
     # -- running ------------------------------------------------------------------------------------------------
 
-    def init_state(self, batch: int) -> list[ModelFastState]:
+    def init_state(self, batch: int) -> list[Row]:
         """A fresh state: fast weights of each row, apart."""
-        return [self.peer.init_fast_state() for _ in range(batch)]
+        return [
+            Row(self.peer.init_fast_state(), self.peer.init_attention_cache() if self.calls.carry else None)
+            for _ in range(batch)
+        ]
 
     def forward(
-        self, tokens: Tensor, lengths: Tensor | None = None, state: Sequence[ModelFastState] | None = None
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None = None,
+        state: Sequence[Row] | None = None,
+        through: bool = False,
     ) -> WindowLosses:
-        """Score windows (B, T + 1); the losses have a gradient of the reads, never of the writes."""
+        """Score windows (B, T + 1); the losses have a gradient of the reads, and of the writes where `through`."""
         batch, n = tokens.shape[0], tokens.shape[1] - 1
         if n < 1:
             raise BadInputError("a window needs at least two tokens: the last is only a target")
@@ -132,18 +119,19 @@ class HookedPeer(Hooked, nn.Module):
             raise BadInputError(f"token ids are outside the vocabulary of {self.peer.config.vocab_size}")
         lengths = torch.full((batch,), n) if lengths is None else lengths
         rows = self.init_state(batch) if state is None else copy.deepcopy(list(state))
+        tick = self.calls.tick
         losses = [
-            self._tick(tokens[:, at : at + self.tick + 1], (lengths - at).clamp(0, self.tick), rows)
-            for at in range(0, n, self.tick)
+            self._tick(tokens[:, at : at + tick + 1], (lengths - at).clamp(0, tick), rows, through)
+            for at in range(0, n, tick)
         ]
         return WindowLosses(torch.cat(losses, dim=1), torch.arange(n) < lengths[:, None], rows)
 
-    def _tick(self, tokens: Tensor, lengths: Tensor, rows: list[ModelFastState]) -> Tensor:
+    def _tick(self, tokens: Tensor, lengths: Tensor, rows: list[Row], through: bool) -> Tensor:
         """One call of the package for each row that has tokens left: losses (B, n); `rows` move on."""
         n = tokens.shape[1] - 1
         inside = (torch.arange(n) < lengths[:, None]).to(self.peer.embed.weight.dtype)
         reads = {
-            r: self._read(tokens[r : r + 1, : length + 1], rows[r])
+            r: self._read(tokens[r : r + 1, : length + 1], rows[r], through)
             for r, length in enumerate(lengths.tolist())
             if length
         }
@@ -151,26 +139,34 @@ class HookedPeer(Hooked, nn.Module):
             return inside
         losses = self.hook_surprise(_stacked({r: x.losses for r, x in reads.items()}, inside.shape))
         self._show({r: x.seen for r, x in reads.items()}, inside.shape)
-        self._write(tokens, rows, reads, self._gates(reads, inside))
+        opened = self._openings(reads, inside)
+        with torch.set_grad_enabled(through), self._released():
+            self._write(rows, reads, opened)
+        for r, read in reads.items():
+            rows[r].attention = read.attention
         return losses
 
     @torch.no_grad()
-    def logits(self, tokens: Tensor, rows: Sequence[ModelFastState]) -> Tensor:
+    def logits(self, tokens: Tensor, rows: Sequence[Row]) -> Tensor:
         """Logits (B, n, V) after each of the tokens (B, n) that come next; nothing is written."""
-        reads = {r: self._forward(tokens[r : r + 1], row) for r, row in enumerate(rows)}
-        self._show({r: seen for r, (_, _, seen) in reads.items()}, tokens.shape)
-        return torch.cat([logits for logits, _, _ in reads.values()])
+        reads = {r: self._forward(tokens[r : r + 1], _aside(row)) for r, row in enumerate(rows)}
+        self._show({r: seen for r, (_, _, seen, _) in reads.items()}, tokens.shape)
+        return torch.cat([logits for logits, *_ in reads.values()])
 
-    def _forward(self, tokens: Tensor, row: ModelFastState) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-        """Read one row (1, n): logits, the blocks' outputs, and what hook points show."""
-        self._seen = seen = {}
-        try:
-            logits, _, outputs = self.peer.forward_with_block_outputs(tokens, fast_state=row)
-        finally:
-            self._seen = None
-        for i in range(len(outputs)):
-            seen[f"blocks.{i}.selfmod.hook_out"] = seen[f"blocks.{i}.cms.{self.levels[0]}.hook_in"]
-        return logits, outputs, seen
+    def _forward(
+        self, tokens: Tensor, row: Row
+    ) -> tuple[Tensor, list[Tensor], dict[str, Tensor], ModelAttentionCache | None]:
+        """Read one row (1, n): logits, the blocks' outputs, what hook points show, keys and values to carry on."""
+        with self._recorder.reading() as seen:
+            if not hasattr(self.peer, "forward_with_block_outputs"):
+                return self.peer(tokens, fast_state=row.fast), [], seen, None
+            if not self.calls.carry:
+                logits, _, outputs = self.peer.forward_with_block_outputs(tokens, fast_state=row.fast)
+                return logits, outputs, seen, None
+            logits, _, outputs, cache = self.peer.forward_with_block_outputs(
+                tokens, fast_state=row.fast, attention_cache=row.attention, return_attention_cache=True
+            )
+            return logits, outputs, seen, cache
 
     def _show(self, seen: Mapping[int, Mapping[str, Tensor]], shape: Sequence[int]) -> None:
         """Fire the points of what was read, rows side by side."""
@@ -178,106 +174,122 @@ class HookedPeer(Hooked, nn.Module):
             if (point := self.hook_dict[name]).active:
                 point(_stacked({r: shown[name][0] for r, shown in seen.items()}, (*shape, like.shape[-1])))
 
-    def _read(self, tokens: Tensor, row: ModelFastState) -> _Read:
+    def _read(self, tokens: Tensor, row: Row, through: bool) -> _Read:
         from nested_learning.training import _compute_layer_teach_signals, compute_teach_signal
 
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        with torch.set_grad_enabled(torch.is_grad_enabled() or self.per_layer_teach):
-            logits, outputs, seen = self._forward(inputs, row)
-            losses = F.cross_entropy(logits[0], targets[0], reduction="none")
+        targets, n = tokens[:, 1:], tokens.shape[1] - 1
+        inputs = tokens if self.calls.whole else tokens[:, :-1]
+        boundary = {} if self.calls.whole else {"next_tokens": targets[:, -1]}
+        with torch.set_grad_enabled(torch.is_grad_enabled() or (self.calls.per_layer and any(self.parts))):
+            logits, outputs, seen, attention = self._forward(inputs, row)
+            seen = {name: shown[:, :n] for name, shown in seen.items()}
+            losses = F.cross_entropy(logits[0, :n], targets[0], reduction="none")
             loss = losses.mean()
-        if self.per_layer_teach:
-            signals = _compute_layer_teach_signals(loss, outputs)
-            signal: dict[str, Any] = {"teach_signals": signals}
-        else:
-            signals = [compute_teach_signal(self.peer, logits, inputs, next_tokens=targets[:, -1])]
+            if not any(self.parts):  # nothing that a signal could write
+                return _Read(inputs, losses, seen, {}, Surprise([], []), attention)
+            if self.calls.per_layer:
+                signals = _compute_layer_teach_signals(
+                    loss, outputs, detach=not through, create_graph=through
+                )
+                signal: dict[str, Any] = {"teach_signals": signals}
+        if not self.calls.per_layer:
+            signals = [compute_teach_signal(self.peer, logits, inputs, **boundary)]
             signal = {"teach_signal": signals[0]}
-        passes = self._passes(logits, inputs, targets, loss, signals)
-        return _Read(losses if torch.is_grad_enabled() else losses.detach(), seen, signal, passes)
+        shown = {"logits": logits, "tokens": inputs, "loss": loss, **boundary}
+        with torch.no_grad():
+            surprise = surprise_of(self.peer, signals, shown, self.calls.per_layer)
+        losses = losses if torch.is_grad_enabled() else losses.detach()
+        return _Read(inputs, losses, seen, signal, surprise, attention)
 
-    def _passes(
-        self, logits: Tensor, inputs: Tensor, targets: Tensor, loss: Tensor, signals: Sequence[Tensor]
-    ) -> list[bool]:
-        """The package's surprise gate of each block, for this call."""
-        from nested_learning.training import _compute_surprise_override
+    # -- writing ------------------------------------------------------------------------------------------------
 
-        threshold, blocks = self.peer.get_surprise_threshold(), len(self.peer.blocks)
-        if threshold is None:
-            return [True] * blocks
-        metric = self.peer.get_surprise_metric()
-        if metric != "l2":
-            shown = {"logits": logits, "tokens": inputs, "loss": loss, "next_tokens": targets[:, -1]}
-            surprise = _compute_surprise_override(metric, **shown)
-            return [surprise is not None and surprise >= threshold] * blocks
-        config, found = self.peer.config, []
-        for signal in signals:
-            norm = (signal * config.teach_scale).norm(dim=-1)
-            if (
-                config.teach_clip > 0 and not self.per_layer_teach
-            ):  # the package clips later for signals per layer
-                norm = norm.clamp(max=config.teach_clip)
-            found.append(float(norm.mean()) >= threshold)
-        return found if self.per_layer_teach else found * blocks
+    def _openings(self, reads: Mapping[int, _Read], inside: Tensor) -> dict[str, list[Opening]]:
+        """What each write gate lets through, row by row, after the hooks."""
+        rows = range(len(inside))
 
-    def _gates(self, reads: Mapping[int, _Read], inside: Tensor) -> dict[str, list[bool]]:
-        """Which rows write, by the name of the write gate, after the hooks."""
+        def of_block(i: int) -> list[bool]:
+            return [r in reads and reads[r].surprise.passes[i] for r in rows]
 
-        def of_block(i: int) -> Tensor:
-            passes = [float(r in reads and reads[r].passes[i]) for r in range(len(inside))]
+        def as_gate(passes: Sequence[bool]) -> Tensor:
             return inside * inside.new_tensor(passes)[:, None]
 
-        shared = self.hook_gate(of_block(0)) if self.hook_gate is not None else None
+        shared: tuple[Tensor, list[bool]] | None = None
+        if self.hook_gate is not None:
+            before = as_gate(of_block(0))
+            after = self.hook_gate(before)
+            opened = openings(self.hook_gate, before, after, inside, of_block(0))
+            shared = after, [one.open for one in opened]
         found = {}
-        for name, point in self._write_gates():
-            i = int(name.split(".")[1])
-            before = inside if ".selfmod." in name else of_block(i) if shared is None else shared
-            found[name] = _all_or_nothing(point, point(before), inside)
+        for i, parts in enumerate(self.parts):
+            if not parts:
+                continue
+            call, passes = shared or (as_gate(of_block(i)), of_block(i))
+            tokens = {r: read.surprise.active[i][: len(read.losses)] for r, read in reads.items()}
+            active = _stacked(tokens, inside.shape)
+            for part in parts:
+                for name in part.gates:
+                    before = part.gate(call, active.to(call)) if part.gated else inside
+                    own = passes if part.gated else [True] * len(inside)
+                    point: HookPoint = self.hook_dict[name]
+                    found[name] = openings(point, before, point(before), inside, own)
         return found
 
-    def _write_gates(self) -> Iterator[tuple[str, HookPoint]]:
-        return ((name, p) for name, p in self.hook_dict.items() if name.endswith(".hook_write_gate"))
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        """Whatever is switched off for a call is on again after it, as somebody may run the package's model himself."""
+        try:
+            yield
+        finally:
+            for block, parts in zip(self.peer.blocks, self.parts, strict=True):
+                _allow(block, None)
+                for part in parts:
+                    part.release()
 
-    @torch.no_grad()
     def _write(
-        self,
-        tokens: Tensor,
-        rows: Sequence[ModelFastState],
-        reads: Mapping[int, _Read],
-        gates: Mapping[str, list[bool]],
+        self, rows: Sequence[Row], reads: Mapping[int, _Read], opened: Mapping[str, list[Opening]]
     ) -> None:
-        before = [self._written(row) for row in rows]
+        every = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
+        if not every:
+            return
+        before = [[part.mark(row.fast.blocks[i]) for row in rows] for i, part in every]
         for r, read in reads.items():
             for i, block in enumerate(self.peer.blocks):
-                block.config.selfmod_online_updates = gates[f"blocks.{i}.selfmod.hook_write_gate"][r]
-                levels = {v for v in self.levels if gates[f"blocks.{i}.cms.{v}.hook_write_gate"][r]}
-                block.set_allowed_levels(levels)
-            # The gate is decided: this surprise passes any threshold.
-            passing = {"surprise_value": math.inf, "finalize_updates": False}
-            self.peer(tokens[r : r + 1, : len(read.losses)], fast_state=rows[r], **read.signal, **passing)
-        for i in range(len(self.peer.blocks)):
-            blocks = [row.blocks[i] for row in rows]
-            if any(gates[f"blocks.{i}.selfmod.hook_write_gate"]):
-                for memory in self.memories:
-                    for name in self._weights_of(memory):
-                        point = self.hook_dict[f"blocks.{i}.selfmod.{memory}.hook_fast_{name}"]
-                        _fire(
-                            point, blocks, lambda b, m=memory, w=MEMORY_WEIGHTS[name]: _fast_memory(b, m, w)
-                        )
-            for level in self.levels:
-                if all(
-                    self._written(row)[i][level] == was[i][level]
-                    for row, was in zip(rows, before, strict=True)
-                ):
-                    continue
-                parameters = dict(self.peer.blocks[i].cms.blocks[level].named_parameters())
-                for name, key in CMS_WEIGHTS.items():
-                    point = self.hook_dict[f"blocks.{i}.cms.{level}.hook_fast_{name}"]
-                    meta = parameters[key]
-                    _fire(point, blocks, lambda b, v=level, k=key, w=meta: w + b.cms_params[v][k])
+                allowed = [part.allow({g: opened[g][r] for g in part.gates}) for part in self.parts[i]]
+                _allow(block, set[str]().union(*allowed))
+            self._call(read.inputs, rows[r], read.signal)
+        for (i, part), was in zip(every, before, strict=True):
+            states = [row.fast.blocks[i] for row in rows]
+            for point, weights in part.written(was, states, opened):
+                _fire(self.hook_dict[point], states, weights)
 
-    def _written(self, row: ModelFastState) -> list[dict[str, int]]:
-        """How often each CMS level of each block was written."""
-        return [{k: s.updates for k, s in b.level_manager.clock.stats().items()} for b in row.blocks]
+    def _call(self, tokens: Tensor, row: Row, signal: Mapping[str, Any]) -> None:
+        """The package's update pass of one row, with its gate decided: this surprise passes any threshold."""
+        given: dict[str, Any] = {"fast_state": row.fast, "surprise_value": math.inf, **signal}
+        if hasattr(self.peer, "forward_with_block_outputs"):
+            given |= {
+                "finalize_updates": self.calls.whole,
+                "differentiable_updates": self.calls.differentiable,
+            }
+            given |= {"attention_cache": row.attention} if self.calls.carry else {}
+        self.peer(tokens, **given)
+
+
+def _allow(block: nn.Module, levels: set[str] | None) -> None:
+    """What a block may write; None: all."""
+    if hasattr(block, "set_allowed_levels"):
+        block.set_allowed_levels(levels)
+    else:
+        block.set_enabled(levels is None or bool(levels))
+
+
+def _aside(row: Row) -> Row:
+    """The same row for a read that must leave no trace: the package counts passes, which decide when it writes."""
+    blocks = []
+    for block in row.fast.blocks:
+        manager = copy.copy(block.level_manager)
+        manager.clock = copy.deepcopy(manager.clock)
+        blocks.append(dataclasses.replace(block, level_manager=manager))
+    return Row(dataclasses.replace(row.fast, blocks=blocks), row.attention)
 
 
 def _stacked(parts: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
@@ -289,24 +301,8 @@ def _stacked(parts: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:
     )
 
 
-def _all_or_nothing(point: HookPoint, gate: Tensor, inside: Tensor) -> list[bool]:
-    """Whether each row writes: its gate (B, n) is 0 or 1 for all of its tokens. A row without tokens does not."""
-    opened = ((gate == 1) | (inside == 0)).all(dim=1) & inside.any(dim=1)
-    closed = ((gate == 0) | (inside == 0)).all(dim=1)
-    if not bool((opened | closed).all()):
-        raise BadInputError(
-            f"{point.name}: the package writes a whole call or nothing, so a row's gate is 0 or 1 for all its tokens"
-        )
-    return opened.tolist()
-
-
 def _fire(
     point: HookPoint, blocks: Sequence[BlockFastState], weights: Callable[[BlockFastState], Tensor]
 ) -> None:
     if point.active:
         point(torch.stack([weights(block) for block in blocks]))
-
-
-def _fast_memory(block: BlockFastState, memory: str, weight: str) -> Tensor:
-    tensor = getattr(getattr(block.selfmod_state, memory), weight)
-    return tensor if tensor.ndim == 2 else tensor[0]  # without a batch until it is first written

@@ -92,7 +92,7 @@ def test_a_file_whose_weights_were_never_loaded(toy_run, measure, tmp_path, own_
         )
     else:
         assert "at-init" not in verdicts
-        assert "m_q differs" in results.checkpoint["own_init"]
+        assert "m_q.w2.weight differs" in results.checkpoint["own_init"]
 
 
 def test_the_command_line_reads_them_too(toy_run, capsys):

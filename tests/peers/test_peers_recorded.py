@@ -173,3 +173,14 @@ def test_the_peers_environment_has_what_hopeprobe_needs():
     pinned = (ROOT / "constraints-peers.txt").read_text(encoding="utf-8")
     for name in needed:
         assert re.search(rf"^{name}==", pinned, re.MULTILINE), name
+
+
+def test_the_adapter_is_installed_whole():
+    """Modules are listed by hand, and an entry point finds the one that loads; what has to be installed says so."""
+    folder = EXAMPLES / "peers"
+    text = (folder / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"(\w+)"', text.split("py-modules = [")[1].split("]")[0])
+    assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py"))
+    module, function = re.search(r'^nested-learning = "(\w+):(\w+)"$', text, re.MULTILINE).groups()
+    assert f"\ndef {function}(path: Path)" in (folder / f"{module}.py").read_text(encoding="utf-8")
+    assert "pip install --no-deps examples/peers" in (ROOT / "README.md").read_text(encoding="utf-8")
