@@ -42,9 +42,15 @@ CONFIG = {
         "titan_level": {"name": "titan", "update_period": 8},
         "cms_levels": [{"name": "fast", "update_period": 8}, {"name": "slow", "update_period": 32}],
     },
-    # Windows of 32 tokens for hopeprobe: each shows one write of every memory and level, and many documents are cheap.
+    # Windows of 32 tokens for hopeprobe, in one call: each shows one write of every memory and level, and many
+    # documents are cheap.
     "data": {"seq_len": 32},
-    "train": {"use_fast_state": True},
+    "train": {
+        "use_fast_state": True,
+        "online_updates": True,
+        "online_chunk_size": 32,
+        "online_boundary_targets": True,
+    },
     "optim": {"type": "adamw", "lr": 3e-4},
 }
 STEPS = 2000
