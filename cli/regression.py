@@ -77,8 +77,9 @@ def run_check(
     if output_format not in ("table", "json"):
         hint = near_names(output_format, ("table", "json"))
         raise BadInputError(f"--format is {output_format!r}, must be table or json{hint}")
+    check_places([output, junit], read=[*checkpoints, baseline, *(data or ())])
     kept = Baseline.read(baseline)
-    check_places([output, junit], read=[*checkpoints, baseline, *(data or kept.settings.data)])
+    check_places([output, junit], read=kept.settings.data)
     with progress() as report:
         found = check(checkpoints, kept, data, batch=batch, progress=report)
     if junit is not None:

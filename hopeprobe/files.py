@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -12,6 +13,8 @@ from hopeprobe.errors import BadInputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 def check_places(
@@ -38,9 +41,7 @@ def check_places(
 def _check_file(file: Path) -> None:
     if os.path.isdir(file):
         raise BadInputError(f"cannot write {file}: it is a folder; name a file")
-    if os.path.exists(file) and not os.path.isfile(
-        file
-    ):  # what takes the place of /dev/null breaks more than this
+    if os.path.exists(file) and not os.path.isfile(file):  # to replace /dev/null would break more than this
         raise BadInputError(f"cannot write {file}: it is no regular file; choose another")
     _check_folder(file.parent, file)
 
@@ -80,9 +81,10 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
         os.replace(partial, target)
     except OSError as error:
         _remove(partial)
+        advice = "Free some space, or choose" if error.errno in _FULL else "Choose"
         raise BadInputError(
             f"cannot write {target} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing was left "
-            "behind. Free some space, or choose another place"
+            f"behind. {advice} another place"
         ) from None
     except BaseException:  # an interrupt: the half-written file goes too
         _remove(partial)

@@ -318,7 +318,9 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise BadInputError(f"cannot write in {folder}: {error.strerror or error}") from None
+        raise BadInputError(
+            f"cannot write in {folder}: {error.strerror or error}; choose another --out"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -455,21 +455,31 @@ def test_a_wrong_hook_name(call, trained):
     assert "hook_delta" in done.err
 
 
-def test_an_output_that_cannot_be_written(call, trained, text, tmp_path):
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("analyze", "CKPT", "--probe", "integrity", "--format", "json", "--output", "file/out"),
+        ("analyze", "CKPT", "--probe", "integrity", "--figures", "file"),
+        ("baseline", "CKPT", "--output", "file/out"),
+        ("check", "CKPT", "--baseline", "none.json", "--output", "file/out"),
+        ("check", "CKPT", "--baseline", "none.json", "--junit", "file/out"),
+        ("report", "CKPT", "--output", "file/out"),
+        ("report", "CKPT", "--output", "page.html", "--files", "file"),
+    ],
+    ids=lambda command: f"{command[0]} {command[-2]}",
+)
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
+    call, trained, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    done = analyze(
-        call,
-        trained / "step-000003.pt",
-        text,
-        "--probe",
-        "integrity",
-        "--format",
-        "json",
-        "--output",
-        tmp_path / "file" / "out.json",
-    )
+    done = call(*(trained / "step-000003.pt" if word == "CKPT" else word for word in command))
     assert done.code == 2
-    assert "out.json" in done.err
+    assert (
+        done.err
+        == f"hopeprobe: cannot write {command[-1]}: file is a file, not a folder; choose another place\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_path_is_printed_as_it_is(call, text, tmp_path):

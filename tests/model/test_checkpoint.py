@@ -16,7 +16,6 @@ from model_toys import CONFIGS, TOY
 
 import hopeprobe
 from hopeprobe.errors import BadInputError
-from hopeprobe.files import write_atomically
 from hopeprobe.model import checkpoint as module
 from hopeprobe.model.checkpoint import (
     Checkpoint,
@@ -337,12 +336,6 @@ def test_an_interrupt_while_writing_leaves_nothing(tmp_path, monkeypatch, error)
         save(path, checkpoint_of(step=8))
     assert path.read_bytes() == earlier
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(BadInputError, match=r"cannot write .*file/a\.pt"):
-        write_atomically(tmp_path / "file" / "a.pt", b"x")
 
 
 def test_the_initial_model_is_rebuilt_and_checked():
