@@ -85,7 +85,9 @@ def _named(checkpoints: list[Path]) -> list[dict[str, str]]:
 def _last_of(folder: Path) -> Path:
     found = run_checkpoints(folder)
     if not found:
-        raise BadInputError(f"{folder} holds no checkpoint (step-000200.pt): it is no folder of a run")
+        runs = sorted(path.parent for path in folder.glob("*/step-*.pt"))
+        hint = f"; there are runs in it, for instance {runs[-1]}" if runs else ""
+        raise BadInputError(f"{folder} holds no checkpoint (step-000200.pt): it is no folder of a run{hint}")
     return found[-1]
 
 

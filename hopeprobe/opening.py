@@ -37,8 +37,8 @@ def as_list(checkpoints: Checkpoints) -> list[str | os.PathLike[str] | Subject]:
     return given
 
 
-def labelled(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[str]:
-    """Name each checkpoint once: by its file, with as many folders as it takes to tell two apart."""
+def told_apart(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[str]:
+    """Name each checkpoint by its file, with as many folders as it takes to tell two apart, if any do."""
     paths = [c.path if isinstance(c, Subject) else Path(c) for c in checkpoints]
     names = [c.name if isinstance(c, Subject) else Path(c).name for c in checkpoints]
     for depth in range(2, 1 + max((len(p.parts) for p in paths if p), default=1)):
@@ -46,9 +46,18 @@ def labelled(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[st
         for i, path in enumerate(paths):
             if path is not None and names[i] in twice:
                 names[i] = "/".join(path.parts[-depth:])
+    return names
+
+
+def labelled(checkpoints: Sequence[str | os.PathLike[str] | Subject]) -> list[str]:
+    """Name each checkpoint as `told_apart` does. Raises BadInputError where two have one name."""
+    names = told_apart(checkpoints)
     if len(set(names)) < len(names):
         same = sorted(name for name, count in Counter(names).items() if count > 1)
-        raise BadInputError(f"two checkpoints have one name: {', '.join(same)}")
+        raise BadInputError(
+            f"two checkpoints have one name, {', '.join(same)}, and rows could not be told apart: give each once, "
+            "and subjects names of their own (`subject.name`)"
+        )
     return names
 
 
@@ -114,7 +123,7 @@ def _check_vocabulary(subject: Subject, data: TokenData) -> None:
     if subject.tokenizer != data.tokenizer:
         raise BadInputError(
             f"{subject.name} reads tokens of {subject.tokenizer!r}, {data.name} was tokenised by "
-            f"{data.tokenizer!r}"
+            f"{data.tokenizer!r}: tokenise the text for the model, load_tokens(..., tokenizer={subject.tokenizer!r})"
         )
     if subject.vocab_size < data.vocab_size:
         raise BadInputError(

@@ -231,11 +231,9 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
         shown = str(file) if len(str(file)) < 200 else f"{str(file)[:200]}…"
         raise BadInputError(f"cannot read {shown}: {getattr(error, 'strerror', None) or error}") from None
     if file.is_dir():
-        inside = sorted(p.name for p in file.glob("*.pt"))
+        inside = sorted(file.glob("*.pt")) or sorted(file.glob("*/*.pt"))
         hint = (
-            f"name one of its checkpoints, for instance {file / inside[-1]}"
-            if inside
-            else "it holds no .pt file"
+            f"name a checkpoint in it, for instance {inside[-1]}" if inside else "there is no .pt file in it"
         )
         raise BadInputError(f"{file} is a folder; {hint}")
     if not file.exists():

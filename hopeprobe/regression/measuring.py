@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hopeprobe.analysis import analyze, chosen_probes
 from hopeprobe.errors import BadInputError, MeasurementError
-from hopeprobe.opening import WindowMaker, as_list, open_checkpoint
+from hopeprobe.opening import WindowMaker, as_list, open_checkpoint, told_apart
 from hopeprobe.results import Address
 from hopeprobe.stats.drift import spread
 from hopeprobe.stats.histogram import RESOLUTION
@@ -164,27 +164,24 @@ def check_seeds(given: Sequence[str | os.PathLike[str] | Subject]) -> None:
     if len(given) == 1:
         return
     seeds: dict[int, str] = {}
-    first = open_checkpoint(given[0])
-    for checkpoint in given:
+    first, names = open_checkpoint(given[0]), told_apart(given)
+    must = "several checkpoints must differ in their seed alone. Give one of each seed, of the same step and model"
+    for checkpoint, name in zip(given, names, strict=True):
         subject = open_checkpoint(checkpoint)
         if subject.trained_steps != first.trained_steps:
             raise BadInputError(
-                f"{first.name} is of step {first.trained_steps} and {subject.name} of {subject.trained_steps}: "
-                "several checkpoints must differ in their seed alone"
+                f"{names[0]} is of step {first.trained_steps} and {name} of {subject.trained_steps}: {must}"
             )
         if _identity(subject) != _identity(first):
-            raise BadInputError(
-                f"{first.name} and {subject.name} are of models with different configurations: several checkpoints "
-                "must differ in their seed alone"
-            )
+            raise BadInputError(f"{names[0]} and {name} are of models with different configurations: {must}")
         if subject.seed is None:
             continue
         if subject.seed in seeds:
             raise BadInputError(
-                f"{seeds[subject.seed]} and {subject.name} are both of seed {subject.seed}: what several "
+                f"{seeds[subject.seed]} and {name} are both of seed {subject.seed}: what several "
                 "checkpoints tell is how much seeds differ, so each must be of another"
             )
-        seeds[subject.seed] = subject.name
+        seeds[subject.seed] = name
 
 
 def _identity(subject: Subject) -> object:

@@ -190,7 +190,9 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     except OSError as error:
         raise BadInputError(f"cannot read {file}: {error.strerror or error}") from None
     except ValueError as error:
-        raise BadInputError(f"{file} is not the record of a grid: {error}") from None
+        raise BadInputError(
+            f"{file} is not the record of a grid: {error}; `hopeprobe ablate` writes one, {RECORD}"
+        ) from None
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise BadInputError(
             f"{file} is not the record of a grid in version {SCHEMA_VERSION} (`schema_version`)"

@@ -110,10 +110,13 @@ def test_results_are_not_measured_as_asked_without_a_word(call, trained, few, tm
 
 def test_what_cannot_be_reported(call, trained, few, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "step-000001.pt").touch()
     (tmp_path / "empty.json").write_text("")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
     for target, message in [
-        (tmp_path / "empty", "holds no checkpoint"),
+        (tmp_path / "empty", "it is no folder of a run\n"),
+        (tmp_path / "runs", f"there are runs in it, for instance {tmp_path / 'runs' / 'a'}"),
         (tmp_path / "empty.json", "not a results document"),
         (tmp_path / "binary.json", "is no text"),
         (tmp_path / "none.pt", "none.pt"),

@@ -179,9 +179,25 @@ def test_what_cannot_be_is_said_in_a_line(call, tmp_path, arguments, said):
 
 
 def test_a_folder_without_a_grid_is_named(call, tmp_path):
-    done = call("compare", tmp_path)
-    assert (done.code, done.out) == (2, "")
-    assert "ablation.json does not exist" in done.err
+    (tmp_path / "notes.txt").write_text("none")
+    for target, said in [
+        (
+            tmp_path,
+            f"{tmp_path / 'ablation.json'} does not exist: `hopeprobe ablate --out {tmp_path}` writes it",
+        ),
+        (
+            tmp_path / "no",
+            f"{tmp_path / 'no/ablation.json'} does not exist: `hopeprobe ablate --out {tmp_path / 'no'}`",
+        ),
+        (
+            tmp_path / "ablation.json",
+            f"ablation.json does not exist: `hopeprobe ablate --out {tmp_path}` writes it",
+        ),
+        (tmp_path / "notes.txt", f"{tmp_path / 'notes.txt'} is not the record of a grid"),
+    ]:
+        done = call("compare", target)
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err
 
 
 def test_a_run_that_diverges_is_named_and_ends_with_4(call, text, tmp_path):

@@ -404,9 +404,21 @@ def test_a_run_continues_from_a_state(subject):
     assert all(torch.equal(a, b) for a, b in zip(fast(subject, first.state), before, strict=True))
 
 
-def test_a_folder_is_no_checkpoint(folder):
-    with pytest.raises(BadInputError, match=r"is a folder; name one of its checkpoints.*step-000003\.pt"):
+def test_a_folder_is_no_checkpoint(folder, tmp_path):
+    with pytest.raises(BadInputError, match=r"is a folder; name a checkpoint in it.*step-000003\.pt"):
         hopeprobe.load(folder)
+    with pytest.raises(BadInputError, match=rf"for instance {tmp_path / 'runs' / 'b'}/step-000001\.pt$"):
+        hopeprobe.load(runs_in(tmp_path / "runs"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadInputError, match=r"empty is a folder; there is no \.pt file in it$"):
+        hopeprobe.load(tmp_path / "empty")
+
+
+def runs_in(folder):
+    for name in ("a/step-000002.pt", "b/step-000000.pt", "b/step-000001.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
 
 
 def test_logits_are_those_that_the_next_tick_is_scored_by_and_nothing_is_written():

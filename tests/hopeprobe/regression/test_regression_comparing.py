@@ -197,11 +197,21 @@ def test_several_checkpoints_need_a_baseline_of_seeds(run_baseline, toy_run, toy
         check([toy_run / "step-000040.pt", toy_run / "step-000020.pt"], run_baseline, toy_data)
 
 
-def test_seeds_must_differ_and_nothing_else(toy_run, toy_data, run_baseline, subject_of, configs):
+def test_seeds_must_differ_and_nothing_else(toy_run, toy_data, run_baseline, subject_of, configs, tmp_path):
+    copied = tmp_path / "copy" / "step-000040.pt"
+    copied.parent.mkdir()
+    copied.write_bytes((toy_run / "step-000040.pt").read_bytes())
     of_seeds = dataclasses.replace(run_baseline, checkpoints=run_baseline.checkpoints * 2)
     pairs = [
-        ([toy_run / "step-000040.pt", toy_run / "step-000020.pt"], "of step 40 and step-000020.pt of 20"),
+        (
+            [toy_run / "step-000040.pt", toy_run / "step-000020.pt"],
+            r"of step 40 and step-000020.pt of 20.*Give one of each seed",
+        ),
         ([toy_run / "step-000040.pt", toy_run / "step-000040.pt"], "both of seed 0"),
+        (
+            [toy_run / "step-000040.pt", copied],
+            rf"{toy_run.name}/step-000040.pt and copy/step-000040.pt are both",
+        ),
         ([subject_of(), subject_of(configs["still"], 1)], "different configurations"),
     ]
     for given, message in pairs:
