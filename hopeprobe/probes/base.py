@@ -19,7 +19,16 @@ import numpy as np
 
 from hopeprobe.conditions import LIVE
 from hopeprobe.errors import MeasurementError
-from hopeprobe.stats import GROUPS, Estimate, FreshInit, GroupedMoments, Moments, Verdict, jackknife
+from hopeprobe.stats import (
+    GROUPS,
+    Estimate,
+    FreshInit,
+    GroupedMoments,
+    Moments,
+    Verdict,
+    as_float64,
+    jackknife,
+)
 from hopeprobe.stats.jackknife import UNBOUNDED
 
 if TYPE_CHECKING:
@@ -28,11 +37,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hopeprobe.conditions import Condition
-    from hopeprobe.stats.arrays import FloatArray
+    from hopeprobe.stats.arrays import BoolArray, FloatArray
     from hopeprobe.subject import Subject
     from hopeprobe.tokens import EvalBatch, EvalWindows
 
     from .readings import Readings
+
+
+def finite_losses(losses: Tensor, scored: BoolArray) -> FloatArray:
+    """Losses as float64 [R, T], 0 where not scored. Raises MeasurementError where one that counts is not finite."""
+    values, n = np.where(scored, as_float64(losses), 0.0), int(scored.sum())
+    if bad := int((~np.isfinite(values)).sum()):
+        raise MeasurementError(f"the loss is not finite at {bad} of {n} tokens: the model diverged")
+    return values
 
 
 class Place(NamedTuple):

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import GroupedMean, GroupedMoments, Verdict, mean_of
 from hopeprobe.stats.arrays import as_bool
 
-from .base import Accumulator, Finding, Place, Quantity
+from .base import Accumulator, Finding, Place, Quantity, finite_losses
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,10 +66,7 @@ class PartLosses(Accumulator):
         for name, mask in self.parts(batch, as_bool(scored)).items():
             mean = self.moments.setdefault(name, GroupedMean())
             assert isinstance(mean, GroupedMean)
-            try:
-                mean.update(losses, mask, batch.group)
-            except MeasurementError as error:
-                raise MeasurementError(f"{self.condition} loss: {error}") from error
+            mean.update(finite_losses(losses, mask), mask, batch.group)
 
     def quantities(self) -> list[Quantity]:
         """The loss over all scored tokens, where that part is kept."""

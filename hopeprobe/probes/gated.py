@@ -26,7 +26,7 @@ from hopeprobe.stats import GroupedCovariance, GroupedMean, Histogram, as_float6
 from hopeprobe.stats.arrays import as_bool
 from hopeprobe.subject import GateRule, MissingCapability
 
-from .base import Accumulator, Place, Quantity
+from .base import Accumulator, Place, Quantity, finite_losses
 from .effects import EFFECT, LOSS
 from .gate_rates import SHARE, OfEntropy, OfGate, gate_entropy, kept_less_dropped
 from .gate_selectivity import DIFFERENCES, ENTROPY_EFFECT, earlier_in_window
@@ -118,9 +118,8 @@ def prepare(subject: Subject, windows: EvalWindows) -> Prepared:
     with subject.gated(GateRule(RANDOM, 1.0)):
         for batch in windows:
             out = subject.run(*as_tensors(batch))
-            values = as_float64(out.losses)[as_bool(out.scored)]
-            if not np.isfinite(values).all():
-                raise MeasurementError("the loss is not finite with everything written: the model diverged")
+            scored = as_bool(out.scored)
+            values = finite_losses(out.losses, scored)[scored]
             losses.update(np.maximum(values, 0.0))
     return Prepared(token_surprisal(subject, windows), losses)
 
@@ -157,7 +156,8 @@ class GatedLosses(Accumulator):
 
     def update(self, cache: Mapping[str, Tensor], losses: Tensor, scored: Tensor, batch: EvalBatch) -> None:
         """Add one batch; gates that did not fire, in a batch too short to write, wrote nothing."""
-        mask, values = as_bool(scored), as_float64(losses)
+        mask = as_bool(scored)
+        values = finite_losses(losses, mask)
         shown = {name: as_float64(cache[name]) for name in self.gates if name in cache}
         gates = [np.where(mask, _fitting(gate, values), 0.0) for gate in shown.values()]
         if any(((gate != 0) & (gate != 1)).any() for gate in gates):
@@ -165,10 +165,7 @@ class GatedLosses(Accumulator):
         written = np.mean(gates, axis=0) if gates else np.zeros(values.shape)
         mean = self.moments.setdefault("loss", GroupedMean((2,)))
         assert isinstance(mean, GroupedMean)
-        try:
-            mean.update(np.stack([np.where(mask, values, 0.0), written], axis=-1), mask, batch.group)
-        except MeasurementError as error:
-            raise MeasurementError(f"{self.condition}: {error}") from error
+        mean.update(np.stack([values, written], axis=-1), mask, batch.group)
         if self.describes:
             self._describe(gates or [written], mask, batch)
 

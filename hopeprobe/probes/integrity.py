@@ -49,6 +49,7 @@ from scipy.special import stdtrit
 from hopeprobe.conditions import FROZEN
 from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import GroupedMean, Verdict, mean_of
+from hopeprobe.stats.arrays import as_bool
 from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens import Unigram
 
@@ -60,6 +61,7 @@ from .base import (
     Place,
     Probe,
     Quantity,
+    finite_losses,
     value_without_tokens,
 )
 
@@ -207,10 +209,8 @@ class MeanLoss(Accumulator):
         """Add one batch; raises MeasurementError for a loss that is not finite."""
         mean = self.moments.setdefault("loss", GroupedMean())
         assert isinstance(mean, GroupedMean)
-        try:
-            mean.update(losses, scored, batch.group)
-        except MeasurementError as error:
-            raise MeasurementError(f"{self.condition} loss: {error}") from error
+        mask = as_bool(scored)
+        mean.update(finite_losses(losses, mask), mask, batch.group)
 
     def quantities(self) -> list[Quantity]:
         """One row."""

@@ -56,7 +56,16 @@ from hopeprobe.stats.arrays import as_bool
 from hopeprobe.stats.histogram import RESOLUTION
 from hopeprobe.tokens import Unigram
 
-from .base import Accumulator, Measurement, NullValue, Place, Probe, Quantity, value_without_tokens
+from .base import (
+    Accumulator,
+    Measurement,
+    NullValue,
+    Place,
+    Probe,
+    Quantity,
+    finite_losses,
+    value_without_tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,9 +149,7 @@ def checked_losses(cache: Mapping[str, Tensor], losses: Tensor, scored: BoolArra
 
     Raises MeasurementError for a loss that is not finite, or negative, and where the hook point differs.
     """
-    values, n = np.where(scored, as_float64(losses), 0.0), int(scored.sum())
-    if bad := int((~np.isfinite(values)).sum()):
-        raise MeasurementError(f"the loss is not finite at {bad} of {n} tokens: the model diverged")
+    values, n = finite_losses(losses, scored), int(scored.sum())
     if bad := int((values < -_NEGATIVE).sum()):
         raise MeasurementError(f"the loss is negative at {bad} of {n} tokens: that is no cross-entropy")
     if HOOK in cache:

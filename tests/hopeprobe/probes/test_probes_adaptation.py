@@ -307,7 +307,7 @@ def test_a_diverged_model_adapts_to_nothing(text):
         with_nan, ["integrity", PROBE], data=text, tokens=None, split="all", fresh=0, cache_dir=None
     )
     assert {row.probe for row in results.rows if row.statistic == "loss_change"} == set()
-    assert any("adaptation (live): live loss: x is not finite" in m for m in missing_from(results))
+    assert any("adaptation (live): the loss is not finite at" in m for m in missing_from(results))
 
 
 class Shared(Writer):

@@ -202,7 +202,9 @@ def test_missing_keys_are_told(subject_of, settings):
 def test_a_loss_that_is_not_finite_is_missing_and_never_a_verdict(subject, settings):
     with torch.no_grad():
         subject.module.blocks[1].cms.levels["slow"].b_out[0] = torch.nan
-    with pytest.raises(MeasurementError, match=r"frozen loss: .* not finite"):
+    with pytest.raises(
+        MeasurementError, match=r"integrity \(frozen\): the loss is not finite at .* the model diverged"
+    ):
         analyze(subject, PROBE.name, **settings)
 
 
@@ -213,7 +215,7 @@ def test_a_spoiled_loss_leaves_the_rows_of_weights(toy_run, settings, monkeypatc
         subject, "run", lambda *args: (out := run(*args))._replace(losses=out.losses * torch.nan)
     )
     frame, results = frame_of(subject, settings)
-    assert any("frozen loss" in message for message in missing_from(results))
+    assert any("(frozen): the loss is not finite" in message for message in missing_from(results))
     assert "frozen_loss" not in frame.index.get_level_values("statistic")
     assert "learned" not in set(frame.verdict)
 
