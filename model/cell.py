@@ -210,11 +210,6 @@ def machine() -> dict[str, Any]:
 
 
 def _measured(spec: CellSpec, run: Run, windows: EvalWindows) -> dict[str, Any]:
-    if run.step != spec.train.steps:
-        raise BadInputError(
-            f"{spec.folder} has gone {run.step} steps already, more than the {spec.train.steps} asked for: "
-            "take at least as many, or another --out"
-        )
     live = held_out(run.model, windows)
     frozen = held_out(run.model, windows, frozen=True) if spec.model.writes else live
     trained = [line["surprise_min"] for line in _lines(spec.folder) if line.get("surprise_min") is not None]

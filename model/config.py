@@ -129,10 +129,13 @@ class GateConfig:
         elif self.rule in _BUDGET_ALONE:
             if self.budget is None or self.threshold is not None:
                 raise BadInputError(
-                    f"the rule {self.rule!r} needs a budget, the share of tokens that are written"
+                    f"the rule {self.rule!r} needs a budget (--budget), the share of tokens that are written, and no "
+                    "threshold"
                 )
         elif (self.budget is None) == (self.threshold is None):
-            raise BadInputError(f"the rule {self.rule!r} needs a budget or a threshold, one of the two")
+            raise BadInputError(
+                f"the rule {self.rule!r} needs a budget or a threshold, one of the two (--budget, --gate-threshold)"
+            )
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,10 @@ class ModelConfig:
             )
         memories = [name for name in self.mechanisms if name != "cms"]
         if writes != "all" and writes not in self.mechanisms:
-            raise BadInputError(f"variant {self.variant!r} has no writes of {writes!r} to gate")
+            there = ", ".join(self.mechanisms)
+            raise BadInputError(
+                f"variant {self.variant!r} has no writes of {writes!r} to gate (there are: {there})"
+            )
         carried = self.write_grad == "through" and memories and writes != "cms"
         if self.gate.straight_through and not carried:
             raise BadInputError(

@@ -323,6 +323,11 @@ def _resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, fo
             raise BadInputError(f"{folder} holds no run to resume; start one without --resume")
         return _restart(model_config, config, data, folder)
     _check_same(path, checkpoint, model_config, config, data)
+    if checkpoint.step > config.steps:
+        raise BadInputError(
+            f"{folder} has gone {checkpoint.step} steps already, more than the {config.steps} asked for: take at "
+            "least as many, or choose another --out"
+        )
     model = checkpoint.to_model()
     optimizer = make_optimizer(model, config)
     optimizer.load_state_dict(checkpoint.optimizer or {})
@@ -339,20 +344,23 @@ def _check_same(
     path: Path, checkpoint: Checkpoint, model_config: ModelConfig, config: TrainConfig, data: TokenData
 ) -> None:
     """`BadInputError` says what differs between the run that wrote a checkpoint and the one that would continue it."""
+    instead = "Go on with the options it was begun with, or choose another --out"
     if checkpoint.config != model_config:
         raise BadInputError(
-            f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}"
+            f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}. {instead}"
         )
     before = {k: v for k, v in checkpoint.train.items() if k not in _MAY_CHANGE}
     now = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}
     if before != now:
         changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
         raise BadInputError(
-            f"{path} was trained in another way: {'; '.join(changed)}. Only {', '.join(_MAY_CHANGE)} may change"
+            f"{path} was trained in another way: {'; '.join(changed)}. Only {', '.join(_MAY_CHANGE)} may change. "
+            f"{instead}"
         )
     if checkpoint.data.get("fingerprint") != data.identity()["fingerprint"]:
         raise BadInputError(
-            f"{path} was trained on {checkpoint.data.get('name')!r}, whose tokens differ from {data.name!r}"
+            f"{path} was trained on {checkpoint.data.get('name')!r}, whose tokens differ from those of {data.name!r} "
+            f"as it is here and now. {instead}"
         )
 
 

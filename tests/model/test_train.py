@@ -272,7 +272,7 @@ OTHER = {
     "seed": ({"config": dataclasses.replace(CONFIG, seed=6)}, "seed was 5, is 6"),
     "rate": ({"config": dataclasses.replace(CONFIG, learning_rate=0.5)}, "learning_rate was 0.01, is 0.5"),
     "batch": ({"config": dataclasses.replace(CONFIG, batch=3)}, "batch was 2, is 3"),
-    "data": ({"data": documents(1)}, "trained on 'random 0', whose tokens differ from 'random 1'"),
+    "data": ({"data": documents(1)}, "trained on 'random 0', whose tokens differ from those of 'random 1'"),
 }
 
 
@@ -283,8 +283,19 @@ def test_another_run_cannot_be_resumed(tmp_path, what, killed_at):
     interrupted(tmp_path, killed_at)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     options, message = OTHER[what]
-    with pytest.raises(BadInputError, match=message):
+    with pytest.raises(BadInputError, match=f"{message}.*or choose another --out$"):
         run(tmp_path, resume=True, **options)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_has_gone_further_is_left_as_it_is(tmp_path):
+    """Its record would say fewer steps, and as many epochs less, than its weights have seen."""
+    run(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(
+        BadInputError, match="has gone 6 steps already, more than the 4 asked for: take at least"
+    ):
+        run(tmp_path, dataclasses.replace(CONFIG, steps=4), resume=True)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
