@@ -267,7 +267,7 @@ class HopeSubject(Subject):
                 break
         raise MissingCapability(
             f"{self.name}: its initial weights cannot be rebuilt from seed {self.seed} (the digest differs) "
-            "and no step-0 checkpoint with the stored digest lies beside it"
+            "and no step-0 checkpoint with the stored digest lies beside it: put the run's step-000000.pt there"
         )
 
     def _regated(self, other: HopeSubject) -> HopeSubject:

@@ -57,7 +57,9 @@ def _matches(known: list[str], selector: Selector) -> set[str]:
 
 
 def _how_many(known: list[str]) -> str:
-    return f"; {len(known)} points were asked" if known else "; the model declares no hook points"
+    if not known:
+        return "; the model declares no hook points"
+    return f"; {len(known)} points were asked: list_hooks() shows them, as does `hopeprobe hooks CKPT`"
 
 
 def _called(predicate: Callable[[str], bool]) -> str:

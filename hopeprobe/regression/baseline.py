@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 KIND = "hopeprobe-baseline"
 SCHEMA_VERSION = 1
+_MAKES_ONE = "`hopeprobe baseline` makes one"
 DEAD = frozenset({Verdict.COLLAPSED, Verdict.DIVERGED, Verdict.NO_SIGNAL, Verdict.UNTRAINED})
 """Verdicts of what does not work: a number that keeps one is as it was, and no sign that a mechanism works."""
 
@@ -171,15 +172,13 @@ class Baseline:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except OSError as error:
-            raise BadInputError(
-                f"{path} cannot be read: {error.strerror or error}; `hopeprobe baseline` makes one"
-            ) from None
+            raise BadInputError(f"{path} cannot be read: {error.strerror or error}; {_MAKES_ONE}") from None
         except UnicodeDecodeError:
-            raise BadInputError(f"{path} is not a baseline: it is no text") from None
+            raise BadInputError(f"{path} is not a baseline: it is no text; {_MAKES_ONE}") from None
         try:
             return cls.from_json(text)
         except BadInputError as error:
-            raise BadInputError(f"{path} {error}") from None
+            raise BadInputError(f"{path} {error}; {_MAKES_ONE}") from None
 
     @classmethod
     def from_json(cls, text: str) -> Baseline:
@@ -193,7 +192,7 @@ class Baseline:
         if document.get("schema_version") != SCHEMA_VERSION:
             raise BadInputError(
                 f"is a baseline of schema version {document.get('schema_version')}, this hopeprobe reads "
-                f"{SCHEMA_VERSION}: make it anew with `hopeprobe baseline`"
+                f"{SCHEMA_VERSION}"
             )
         try:
             found = _from_document(document)

@@ -214,7 +214,7 @@ def check(
     given = as_list(checkpoints)
     if len(given) > 1 and not kept.of_seeds:
         raise BadInputError(
-            f"{len(given)} checkpoints, and a baseline of one: it is checked against one, on the same tokens"
+            f"{len(given)} checkpoints, and a baseline of one: check one at a time, or make a baseline of several seeds"
         )
     check_seeds(given)
     chosen = _probes(kept, probes)
@@ -299,8 +299,8 @@ def _check_text(baseline: Baseline, text: TokenData) -> None:
     was = str(baseline.data.get("fingerprint"))
     if was == text.fingerprint:
         return
-    why = f"the text is another ({text.fingerprint[:12]}, was {was[:12]})"
-    if "builtin" in baseline.settings.data:
+    why = f"the text is another: {text.name} ({text.fingerprint[:12]}), was {baseline.data.get('name')} ({was[:12]})"
+    if baseline.data.get("name") == text.name == "builtin":
         why += ": `builtin` is the documentation of the Python that runs, so that each version has its own"
     raise _other_tokens(why)
 

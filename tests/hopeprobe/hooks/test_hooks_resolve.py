@@ -52,7 +52,7 @@ def test_what_a_selector_means(selector, expected):
         ("hook_embd", "'hook_embd'; did you mean 'hook_embed'"),
         ("blocks.*.cms.fats.hook_delta", "'blocks.0.cms.fast.hook_delta'"),
         (["hook_embed", "hook_embd"], "'hook_embd'; did you mean"),
-        (["hook_embed", lambda name: False], "<lambda>; 15 points were asked"),
+        (["hook_embed", lambda name: False], "<lambda>; 15 points were asked: list_hooks() shows them"),
         (lambda name: False, "no hook point satisfies"),
         ("", "no hook point matches ''"),
         ([], "empty"),

@@ -181,8 +181,20 @@ def hopeprobe_load(path):
 
 def test_other_tokens_are_no_check(run_baseline, toy_run, toy_data, toy_cache):
     other = TokenData.from_documents([[1, 2, 3, 4]] * 200, name="other", vocab_size=97, end_of_text=0)
-    with pytest.raises(BadInputError, match="not the tokens of the baseline, the text is another"):
+    with pytest.raises(
+        BadInputError, match=r"not the tokens of the baseline, the text is another: other .*, was "
+    ):
         check(toy_run / "step-000040.pt", run_baseline, other, cache_dir=toy_cache)
+    # Only the builtin text beside a builtin text can be that of another Python.
+    for was, now, said in [
+        ("builtin", "builtin", True),
+        ("builtin", "other", False),
+        ("other", "builtin", False),
+    ]:
+        kept = dataclasses.replace(run_baseline, data={**run_baseline.data, "name": was})
+        with pytest.raises(BadInputError, match=f"the text is another: {now} .*, was {was} ") as raised:
+            check(toy_run / "step-000040.pt", kept, dataclasses.replace(other, name=now), cache_dir=toy_cache)
+        assert ("the Python that runs" in str(raised.value)) is said
     with pytest.raises(BadInputError, match="tokens in memory"):
         check(toy_run / "step-000040.pt", run_baseline, cache_dir=toy_cache)
     shorter = dataclasses.replace(
@@ -193,7 +205,7 @@ def test_other_tokens_are_no_check(run_baseline, toy_run, toy_data, toy_cache):
 
 
 def test_several_checkpoints_need_a_baseline_of_seeds(run_baseline, toy_run, toy_data):
-    with pytest.raises(BadInputError, match="a baseline of one"):
+    with pytest.raises(BadInputError, match=r"a baseline of one: check one at a time, or make"):
         check([toy_run / "step-000040.pt", toy_run / "step-000020.pt"], run_baseline, toy_data)
 
 

@@ -191,7 +191,7 @@ def edited(change):
         (lambda _: "[" * 100_000, "no JSON"),
         (lambda _: "[1]", "kind"),
         (lambda _: '{"kind": "something"}', "kind"),
-        (edited(lambda d: d.update(schema_version=7)), "schema version 7.*make it anew"),
+        (edited(lambda d: d.update(schema_version=7)), "schema version 7, this hopeprobe reads 1"),
         (edited(lambda d: d.pop("statistics")), "no 'statistics'"),
         (edited(lambda d: d.update(statistics=[])), "nothing to check"),
         (edited(lambda d: d.update(statistics=3)), "cannot be used|can be used"),
@@ -229,7 +229,7 @@ def test_files_that_are_no_baseline(content, message, given, row, results, tmp_p
     document = json.loads(given(results([row(value=2.0)])).to_json())
     path = tmp_path / "mech.json"
     path.write_text(content(document))
-    with pytest.raises(BadInputError, match=message) as raised:
+    with pytest.raises(BadInputError, match=f"{message}.*; `hopeprobe baseline` makes one$") as raised:
         Baseline.read(path)
     assert str(path) in str(raised.value)
 
