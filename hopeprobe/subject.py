@@ -257,7 +257,8 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
         tried.append(entry.name)
     known = f"known kinds: {', '.join(tried)}" if tried else "no loader is installed"
     known += f"; not usable: {', '.join(broken)}" if broken else ""
-    hint = what_reads(file)
-    raise BadInputError(
-        f"{file} is not a checkpoint that can be read ({known})" + (f": {hint}" if hint else "")
+    hint = (
+        what_reads(file)
+        or f"other models join by a map, or by a loader in the entry-point group {LOADER_GROUP!r}"
     )
+    raise BadInputError(f"{file} is not a checkpoint that can be read ({known}): {hint}")

@@ -44,7 +44,7 @@ from hopeprobe.stats import GroupedMean, Verdict
 from hopeprobe.stats.arrays import as_bool
 
 from .base import Accumulator, Measurement, Place, Probe, value_without_tokens
-from .cms_similarity import levels_of
+from .cms_similarity import finite_vectors, levels_of
 from .effects import EFFECT, WHOLE, PartLosses, contrast, directed, diverged, joint, overridden, unchanged
 from .workers import replicas, side_by_side
 
@@ -90,9 +90,10 @@ def mean_deltas(subject: Subject, windows: EvalWindows) -> dict[str, FloatArray]
     workers = replicas(subject, windows.n_windows)
     for batch, (scored, cache) in side_by_side(run, workers, windows.shared_by(len(workers))):
         for name in names:
-            delta = cache[name]
+            mask = as_bool(scored)
+            delta = finite_vectors(cache, name, mask)
             mean = means.setdefault(name, GroupedMean((delta.shape[-1],)))
-            mean.update(delta, as_bool(scored), batch.group)
+            mean.update(delta, mask, batch.group)
     return {name: mean.compute().pooled().mean()[0] for name, mean in means.items()}
 
 

@@ -180,7 +180,7 @@ class LevelSimilarity(Accumulator):
         other, paired = half_window_away(mask)
         rows = np.arange(len(mask))[:, None]
         for (layer, levels), kind in itertools.product(self.levels.items(), KINDS):
-            vectors = [_finite(cache, _hook(layer, level, kind), mask) for level in levels]
+            vectors = [finite_vectors(cache, _hook(layer, level, kind), mask) for level in levels]
             joint = self.moments.setdefault(
                 f"{kind}.{layer}", _JointMoments(len(levels), vectors[0].shape[-1])
             )
@@ -409,7 +409,8 @@ def _hook(layer: int, level: str, kind: str) -> str:
     return f"blocks.{layer}.cms.{level}.{_HOOK[kind]}"
 
 
-def _finite(cache: Mapping[str, Tensor], name: str, mask: BoolArray) -> FloatArray:
+def finite_vectors(cache: Mapping[str, Tensor], name: str, mask: BoolArray) -> FloatArray:
+    """What a point shows, float64 [R, T, d]. Raises MeasurementError where one under the mask is not finite."""
     vectors = as_float64(cache[name])
     bad = int((mask & ~np.isfinite(vectors).all(axis=-1)).sum())
     if bad:

@@ -143,7 +143,8 @@ def test_a_plain_state_dict_is_of_another_kind(tmp_path, old_format):
     torch.save(torch.nn.Linear(3, 2).state_dict(), path, _use_new_zipfile_serialization=not old_format)
     assert read(path) is None
     with pytest.raises(
-        BadInputError, match=r"foreign\.pt is not a checkpoint that can be read \(known kinds: hope\)"
+        BadInputError,
+        match=r"foreign\.pt is not a checkpoint that can be read \(known kinds: hope\): other models join by a loader",
     ):
         hopeprobe.load(path)
 

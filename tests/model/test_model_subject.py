@@ -159,7 +159,10 @@ def test_without_either_the_capability_is_missing(folder, tmp_path, sibling):
     elif sibling == "foreign":
         torch.save({"weight": torch.zeros(3)}, first)
     subject = hopeprobe.load(changed(folder, tmp_path, seed=6))
-    with pytest.raises(MissingCapability, match=r"cannot be rebuilt from seed 6.*no step-0 checkpoint.*put the run's step-000000"):
+    with pytest.raises(
+        MissingCapability,
+        match=r"cannot be rebuilt from seed 6.*no step-0 checkpoint.*put the run's step-000000",
+    ):
         subject.own_init()
 
 

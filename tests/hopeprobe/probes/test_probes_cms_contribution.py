@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.conditions import LIVE
+from hopeprobe.errors import MeasurementError
 from hopeprobe.hooks import Hooked, HookRegistry, HookSpec
 from hopeprobe.model.config import CMSLevel
 from hopeprobe.model.hope import HopeModel
@@ -195,6 +197,15 @@ def test_a_diverged_model_has_no_contributions(text):
     subject.own_init = lambda: Levels(logistic, UNTRAINED)
     results = analyze(subject, [PROBE], data=text, tokens=None, split="all", fresh=0, cache_dir=None)
     assert {r.verdict for r in results.rows if r.statistic != "loss"} == {"diverged"}
+
+
+def test_a_level_that_is_not_finite_is_named(text):
+    subject = Levels(logistic, {"fast": knows(math.nan), "slow": knows(0.5)})
+    with pytest.raises(MeasurementError) as raised:
+        analyze(subject, [PROBE], data=text, tokens=None, split="all", fresh=0, cache_dir=None)
+    point = re.escape("blocks.0.cms.fast.hook_delta")
+    expected = rf"\(ablated:fast\): {point} is not finite at (\d+) of \1 tokens: the model diverged"
+    assert re.search(expected, str(raised.value))
 
 
 def test_one_level_has_no_pair_and_three_have_three(text):
