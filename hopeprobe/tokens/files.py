@@ -84,7 +84,7 @@ class FileSource:
         if not isinstance(record, dict):
             raise BadInputError(f"{origin}: a JSON object such as {{{self.column!r}: …}} is needed")
         if self.column not in record:
-            raise BadInputError(f"{origin}: {missing_column(self.column, list(record))}")
+            raise BadInputError(f"{origin}: {missing_column(self.column, list(record))}; {_OTHER_COLUMN}")
         return checked_text(record[self.column], self.column, origin)
 
     def _read_parquet(self) -> Iterator[Document]:
@@ -95,7 +95,7 @@ class FileSource:
             with _reading(self.path), pq.ParquetFile(self.path) as file:
                 names = list(file.schema_arrow.names)
                 if self.column not in names:
-                    raise BadInputError(f"{self.path}: {missing_column(self.column, names)}")
+                    raise BadInputError(f"{self.path}: {missing_column(self.column, names)}; {_OTHER_COLUMN}")
                 row = 0
                 for batch in file.iter_batches(batch_size=1024, columns=[self.column]):
                     for value in batch.column(0).to_pylist():
@@ -119,6 +119,9 @@ class FileSource:
                 f"{self.path} is not UTF-8: byte 0x{content[error.start]:02x} at byte offset "
                 f"{offset + error.start}; convert it, for example with `iconv -f latin1 -t utf-8`"
             ) from error
+
+
+_OTHER_COLUMN = "rename the one with the text, or name it in Python, load_tokens(..., column=NAME)"
 
 
 def missing_column(column: str, names: list[str]) -> str:

@@ -64,7 +64,9 @@ class HubSource:
             row += 1
             origin = f"hf:{self.dataset}, row {row}"
             if self.column not in example:
-                raise BadInputError(f"{origin}: {missing_column(self.column, list(example))}")
+                raise BadInputError(
+                    f"{origin}: {missing_column(self.column, list(example))}; name it, hf:{self.dataset}:COLUMN"
+                )
             text = checked_text(example[self.column], self.column, origin)
             if text is not None:
                 yield Document(text, origin)

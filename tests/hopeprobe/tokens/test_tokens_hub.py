@@ -79,7 +79,7 @@ def test_a_dataset_defined_by_a_script_is_read_from_its_parquet_conversion(hub: 
         (RuntimeError(""), r"failed \(RuntimeError: no message"),
         (
             [{"body": "x", "texts": "y"}],
-            "row 1: no column 'text'; did you mean 'texts'.*there: 'body', 'texts'",
+            "row 1: no column 'text'; did you mean 'texts'.*there: 'body', 'texts'.*name it, hf:.*:COLUMN",
         ),
         ([{"text": ["x"]}], "row 1: column 'text' holds list, not text"),
         ([], "corpus is empty"),
