@@ -7,19 +7,17 @@ count).
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +30,7 @@ from hopeprobe.model.config import MEMORIES, ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
 from hopeprobe.model.measure import Watch, held_out, norm_ratio
+from hopeprobe.model.metrics import MetricsFile
 from hopeprobe.model.state import detach_state
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.truncation import check_memory, segments
@@ -182,13 +181,14 @@ def train(
         _resumed(model_config, config, data, folder) if resume else _fresh(model_config, config, data, folder)
     )
     due = config.checkpoint_steps()
+    metrics_file = MetricsFile(folder, run.step)
     _write_run_json(run, train_windows)
     if run.step == 0:
         run.checkpoint()
         for callback in callbacks:
             callback(run)
     watch = Watch(run.model)
-    with _metrics_file(folder, run.step) as write_line:
+    with metrics_file as write_line:
         while run.step < config.steps:
             started = time.perf_counter()
             tokens = torch.from_numpy(train_windows.batch_at(run.step))
@@ -315,7 +315,10 @@ def _fresh(model_config: ModelConfig, config: TrainConfig, data: TokenData, fold
 
 def _resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
     for path in reversed(run_checkpoints(folder)):
-        checkpoint = read(path)
+        try:
+            checkpoint = read(path)
+        except BadInputError as error:
+            raise BadInputError(f"{error}: delete it, and --resume goes on from the one before") from None
         if checkpoint is not None and checkpoint.optimizer is not None:
             break
     else:
@@ -399,40 +402,3 @@ def _write_run_json(run: Run, windows: TrainWindows) -> None:
         "first_batch": hashlib.sha256(windows.batch_at(0).astype("<i8").tobytes()).hexdigest(),
     }
     write_atomically(run.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
-
-
-class _metrics_file:  # noqa: N801 - reads as the context manager it is
-    """`metrics.jsonl`, cut back to the step a run resumes from, then a line a step."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if step and json.loads(line)["step"] <= step]
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
-
-    def _lines(self) -> Iterator[str]:
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):  # the last may be cut off where the run was killed
-                    yield line
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self.file = self.path.open("a", encoding="utf-8")
-
-        def write(metrics: dict[str, Any]) -> None:
-            plain = {
-                k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()
-            }
-            try:
-                self.file.write(json.dumps(plain) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise BadInputError(
-                    f"cannot write {self.path}: {error.strerror or error}; the run stops here, its checkpoints are "
-                    "complete. Free some space and continue with --resume"
-                ) from None
-
-        return write
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of a line that was refused and said so already
-            self.file.close()

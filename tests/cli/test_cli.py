@@ -531,7 +531,7 @@ def test_figures_whose_names_are_one_file_are_several(tmp_path):
 def test_a_full_disk_while_metrics_are_written(call, text, tmp_path, monkeypatch):
     import json as module
 
-    import hopeprobe.model.train as training
+    import hopeprobe.model.metrics as metrics
 
     class Full:
         def __getattr__(self, name):
@@ -542,7 +542,7 @@ def test_a_full_disk_while_metrics_are_written(call, text, tmp_path, monkeypatch
                 raise OSError(28, "No space left on device")
             return module.dumps(content, **more)
 
-    monkeypatch.setattr(training, "json", Full())
+    monkeypatch.setattr(metrics, "json", Full())
     done = call("train", "--data", text, "--batch", 1, "--steps", 2, "--out", tmp_path / "run")
     assert done.code == 2
     assert "metrics.jsonl" in done.err

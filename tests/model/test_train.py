@@ -232,10 +232,52 @@ def test_a_run_killed_before_it_could_be_resumed_begins_again(whole, tmp_path, s
     assert [p.name for p in run_checkpoints(tmp_path)] == [p.name for p in run_checkpoints(whole)]
 
 
-def test_a_metrics_line_cut_in_the_middle_goes(whole, tmp_path):
+@pytest.mark.parametrize(
+    "cut", ['{"step": 6, "lo', '{"step": 6, "probes": {"surprise/mean_loss/live": {"value": 7.0}']
+)
+def test_a_metrics_line_cut_in_the_middle_goes(whole, tmp_path, cut):
     interrupted(tmp_path, 5)
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 6, "lo')
+    path.write_text(path.read_text() + cut)
+    run(tmp_path, resume=True)
+    same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda text: text.replace(b'"step": 2', b'"stepp": 2'),
+            r"metrics\.jsonl, line 2, .*KeyError.*delete the file",
+        ),
+        (lambda text: b"notes}\n" + text, r"metrics\.jsonl, line 1, is not the record of a step"),
+        (lambda text: b"[1]\n" + text, r"metrics\.jsonl, line 1, is not the record of a step"),
+        (lambda text: b"\xff\xfe" + text, r"metrics\.jsonl is not a record of training"),
+    ],
+)
+def test_a_record_that_was_changed_is_named_and_left(whole, tmp_path, spoil, message):
+    interrupted(tmp_path, 5)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(spoil(path.read_bytes()))
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(BadInputError, match=message):
+        run(tmp_path, dataclasses.replace(CONFIG, steps=7), resume=True)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    path.unlink()
+    assert run(tmp_path, resume=True).step == 6
+    assert [line["step"] for line in lines(tmp_path)][-1] == 6
+
+
+def test_a_damaged_checkpoint_is_not_passed_over_but_told_how_to_go_on(whole, tmp_path):
+    interrupted(tmp_path, 5)
+    last = run_checkpoints(tmp_path)[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    with pytest.raises(
+        BadInputError, match=rf"{last.name} is damaged.*: delete it, and --resume goes on from the one"
+    ):
+        run(tmp_path, resume=True)
+    last.unlink()
+    torch.manual_seed(0)
     run(tmp_path, resume=True)
     same_run(whole, tmp_path)
 
