@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hopeprobe.analysis import analyze, chosen_probes, missing_from
+from hopeprobe.cli.maps import opened
 from hopeprobe.cli.tables import result_tables
 from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
@@ -24,6 +25,7 @@ FORMATS = ("table", "json", "csv")
 def run_analysis(
     checkpoints: list[Path],
     *,
+    model_map: str | None,
     probes: list[str],
     every: bool,
     data: list[str],
@@ -47,7 +49,7 @@ def run_analysis(
     check_places(tables, [figures], [*checkpoints, *data])
     with progress() as report:
         results = analyze(
-            checkpoints,
+            opened(checkpoints, model_map),
             probes=chosen,
             data=data,
             tokens=tokens,

@@ -22,6 +22,7 @@ from hopeprobe.cli.options import (
     GateThreshold,
     GateWrites,
     LearningRate,
+    MapFile,
     Preset,
     Probe,
     ProbeOrUsual,
@@ -145,6 +146,7 @@ def train(
 @app.command()
 def analyze(
     checkpoints: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoint files.")],
+    model_map: MapFile = None,
     probe: Probe = None,
     every: Every = False,
     data: Data = ["builtin"],  # noqa: B006
@@ -168,6 +170,7 @@ def analyze(
 
     code = run_analysis(
         checkpoints,
+        model_map=model_map,
         probes=probe or [],
         every=every,
         data=data,
@@ -189,6 +192,7 @@ def baseline(
         list[Path], typer.Argument(metavar="CKPT...", help="One checkpoint, or one of each of several seeds.")
     ],
     output: Annotated[Path, typer.Option("--output", help="File of the baseline, to be committed.")],
+    model_map: MapFile = None,
     probe: ProbeOrUsual = None,
     every: Every = False,
     data: Data = ["builtin"],  # noqa: B006
@@ -214,7 +218,17 @@ def baseline(
     rule = gate_rule(gate, budget, gate_threshold, gate_writes)
     raise typer.Exit(
         run_baseline(
-            checkpoints, output, probe or [], every, data, tokens, split, carry, rule, tolerance or []
+            checkpoints,
+            model_map,
+            output,
+            probe or [],
+            every,
+            data,
+            tokens,
+            split,
+            carry,
+            rule,
+            tolerance or [],
         )
     )
 
@@ -226,6 +240,7 @@ def check(
         typer.Argument(metavar="CKPT...", help="A checkpoint; of a baseline of seeds also several seeds'."),
     ],
     baseline: Annotated[Path, typer.Option("--baseline", help="File that `hopeprobe baseline` wrote.")],
+    model_map: MapFile = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -247,7 +262,7 @@ def check(
     from hopeprobe.cli.regression import run_check
 
     raise typer.Exit(
-        run_check(checkpoints, baseline, data, batch, every, output_format, output, junit, github)
+        run_check(checkpoints, model_map, baseline, data, batch, every, output_format, output, junit, github)
     )
 
 
@@ -263,6 +278,7 @@ def report(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="File of the page.")],
     title: Annotated[str | None, typer.Option("--title", help="Of the page; default what was given.")] = None,
+    model_map: MapFile = None,
     probe: ProbeOrUsual = None,
     every: Every = False,
     data: Data = ["builtin"],  # noqa: B006
@@ -275,27 +291,33 @@ def report(
     """One page that needs no network: verdicts, figures, tables with their nulls, definitions."""
     from hopeprobe.cli.reporting import run_report
 
-    measuring = given(context, "probe", "every", "data", "tokens")
-    raise typer.Exit(run_report(targets, output, title, probe or [], every, data, tokens, files, measuring))
+    measuring = given(context, "model_map", "probe", "every", "data", "tokens")
+    raise typer.Exit(
+        run_report(targets, model_map, output, title, probe or [], every, data, tokens, files, measuring)
+    )
 
 
 @app.command()
 def export(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write, .safetensors.")],
+    model_map: MapFile = None,
 ) -> None:
     """Write a checkpoint's weights as safetensors, for other tools."""
+    from hopeprobe.cli.maps import opened
     from hopeprobe.exporting import export_weights
     from hopeprobe.files import check_places
     from hopeprobe.opening import open_checkpoint
 
     check_places([output], read=[checkpoint])
-    typer.echo(f"wrote {export_weights(open_checkpoint(checkpoint), output)}")
+    (subject,) = opened([checkpoint], model_map)
+    typer.echo(f"wrote {export_weights(open_checkpoint(subject), output)}")
 
 
 @app.command()
 def hooks(
     checkpoint: Checkpoint,
+    model_map: MapFile = None,
     pattern: Annotated[
         str | None, typer.Option("--pattern", help="A name or glob, for instance '*.cms.*'.")
     ] = None,
@@ -304,7 +326,7 @@ def hooks(
     """List a model's hook points: dimensions, when they fire, whether they can be edited, what they hold."""
     from hopeprobe.cli.listing import show_hooks
 
-    show_hooks(checkpoint, pattern, output_format)
+    show_hooks(checkpoint, model_map, pattern, output_format)
 
 
 @app.command()

@@ -17,12 +17,12 @@ PUBLISHED = {
 }
 
 
-def show_hooks(checkpoint: Path, pattern: str | None, output_format: str) -> None:
+def show_hooks(checkpoint: Path, model_map: str | None, pattern: str | None, output_format: str) -> None:
     """Print the registry of a checkpoint's model."""
     from hopeprobe.hooks import describe, markdown_table, resolve
     from hopeprobe.subject import load
 
-    points = load(checkpoint).module.hook_dict
+    points = load(checkpoint, map=model_map).module.hook_dict
     if pattern is not None:
         points = {name: points[name] for name in resolve(points, pattern)}
     if output_format == "markdown":

@@ -14,6 +14,12 @@ import typer
 
 # What is measured, with which probes, on which text.
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file.")]
+MapFile = Annotated[
+    str | None,
+    typer.Option(
+        "--map", help="For any torch model: a map's TOML file, or its name (titans-pytorch); its code is run."
+    ),
+]
 Probe = Annotated[list[str] | None, typer.Option("--probe", help="A probe's name; repeat it for several.")]
 ProbeOrUsual = Annotated[
     list[str] | None,

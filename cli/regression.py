@@ -13,6 +13,7 @@ from rich.text import Text
 
 from hopeprobe.cells import number
 from hopeprobe.cli.analysis import asked_probes
+from hopeprobe.cli.maps import opened
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import check_places, write_atomically
@@ -27,6 +28,7 @@ _STYLES = {"moved": "red", "lost": "yellow"}
 
 def run_baseline(
     checkpoints: list[Path],
+    model_map: str | None,
     output: Path,
     probes: list[str],
     every: bool,
@@ -43,7 +45,7 @@ def run_baseline(
     check_places([output], read=[*checkpoints, *data])
     with progress() as report:
         made = make_baseline(
-            checkpoints,
+            opened(checkpoints, model_map),
             chosen,
             data,
             tokens,
@@ -64,6 +66,7 @@ def run_baseline(
 
 def run_check(
     checkpoints: list[Path],
+    model_map: str | None,
     baseline: Path,
     data: list[str] | None,
     batch: int | None,
@@ -81,7 +84,7 @@ def run_check(
     kept = Baseline.read(baseline)
     check_places([output, junit], read=kept.settings.data)
     with progress() as report:
-        found = check(checkpoints, kept, data, batch=batch, progress=report)
+        found = check(opened(checkpoints, model_map), kept, data, batch=batch, progress=report)
     if junit is not None:
         write_junit(found, junit)
     if output_format == "json":

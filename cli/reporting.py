@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.analysis import asked_probes, report_missing
+from hopeprobe.cli.maps import opened
 from hopeprobe.cli.options import refuse
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError
@@ -21,6 +22,7 @@ from hopeprobe.results import Results, check_names, joined
 
 def run_report(
     targets: list[Path],
+    model_map: str | None,
     output: Path,
     title: str | None,
     probes: list[str],
@@ -59,7 +61,7 @@ def run_report(
     curves = _curves(folders)
     if checkpoints:
         with progress() as report:
-            measured = analyze(checkpoints, chosen, data, tokens, progress=report)
+            measured = analyze(opened(checkpoints, model_map), chosen, data, tokens, progress=report)
         read.insert(0, measured)
     results = joined(read)
     name = title or ", ".join(target.name or str(target.resolve().name) for target in targets)
