@@ -145,7 +145,7 @@ def compare(*folders: str | os.PathLike[str]) -> Comparison:
     if not folders:
         raise BadInputError("there is nothing to compare: name the folder of at least one grid")
     paths = [path.parent if path.is_file() else path for path in map(Path, folders)]
-    read = [read_grid(path) for path in paths]
+    read = [read_grid(folder) for folder in folders]
     grids = by_size(read)
     found = {grid.preset: path for path, grid in zip(paths, read, strict=True)}
     for grid in reversed(grids):

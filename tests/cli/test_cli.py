@@ -475,9 +475,10 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
     (tmp_path / "file").touch()
     done = call(*(trained / "step-000003.pt" if word == "CKPT" else word for word in command))
     assert done.code == 2
+    what = "it" if command[-1] == "file" else "file"
     assert (
         done.err
-        == f"hopeprobe: cannot write {command[-1]}: file is a file, not a folder; choose another place\n"
+        == f"hopeprobe: cannot write {command[-1]}: {what} is a file, not a folder; choose another place\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -144,7 +144,7 @@ def test_a_plain_state_dict_is_of_another_kind(tmp_path, old_format):
     assert read(path) is None
     with pytest.raises(
         BadInputError,
-        match=r"foreign\.pt is not a checkpoint that can be read \(known kinds: hope\): other models join by a loader",
+        match=r"foreign\.pt is not a checkpoint that can be read \(known kinds: hope\): other models join by a map",
     ):
         hopeprobe.load(path)
 
