@@ -27,12 +27,15 @@ _MOST = 4096  # tokens of a window
 _ROWS = 2
 
 
+def sample_length(subject: MappedSubject) -> int:
+    """Tokens of the windows that a map is tried on: two of everything that is written, within the context."""
+    periods = [memory.period for memory in subject.module.spec.memories]
+    return min(2 * math.lcm(*periods) if periods else 32, subject.context, _MOST)
+
+
 def check_subject(subject: MappedSubject) -> None:
     """Raise BadInputError, naming the point or the claim, where the map does not hold of the model."""
-    model, told = subject.module, subject.module.spec.told
-    periods = [memory.period for memory in model.spec.memories]
-    length = 2 * math.lcm(*periods) if periods else min(subject.context, 32)
-    length = min(length, subject.context, _MOST)
+    told, length = subject.module.spec.told, sample_length(subject)
     tokens = torch.randint(
         subject.vocab_size, (_ROWS, length + 1), generator=torch.Generator().manual_seed(0)
     )

@@ -45,7 +45,7 @@ class MappedModel(Hooked, nn.Module):
     """Scores windows with somebody's module, hook points firing.
 
     Attributes:
-        inner: the module, in evaluation mode.
+        inner: the module; it runs in evaluation mode, and keeps its own.
         tick: tokens between two looks at fast weights: the greatest common divisor of all periods, or the context.
         placed: points by name, without `hook_surprise`.
         metas: for each point of fast weights the name of the parameter they start from.
@@ -55,7 +55,7 @@ class MappedModel(Hooked, nn.Module):
     def __init__(self, inner: nn.Module, spec: Map, context: int) -> None:
         """Find the map's modules. Raises BadInputError for one that is not there."""
         super().__init__()
-        self.inner = inner.eval()
+        self.inner = inner
         self.spec = spec
         self.tick = gcd(*(memory.period for memory in spec.memories)) or context
         self._logits = parse(spec.model.get("logits", "output"))
@@ -109,7 +109,8 @@ class MappedModel(Hooked, nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> WindowLosses:
         """Score windows (B, T + 1): losses (B, T), 0 where not scored, with a gradient where torch keeps one.
 
-        Raises BadInputError for tokens that are none, MeasurementError for logits or writes of another number.
+        Raises BadInputError for tokens or logits of another shape, MeasurementError for writes of another number and
+        for whatever the model raises.
         """
         batch, n = tokens.shape[0], tokens.shape[1] - 1
         if n < 1:
@@ -132,10 +133,19 @@ class MappedModel(Hooked, nn.Module):
     def read(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of the module, points of its modules firing."""
         with ExitStack() as stack:
+            stack.enter_context(_evaluating(self.inner))
             for (module, method), placed in self._active().items():
                 stack.enter_context(self._watched(module, method, placed))
             keyword = self.spec.model.get("tokens")
-            output = self.inner(**{keyword: tokens}) if keyword else self.inner(tokens)
+            try:
+                output = self.inner(**{keyword: tokens}) if keyword else self.inner(tokens)
+            except HopeprobeError:
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+                raise MeasurementError(
+                    f"{self.spec.told}: the model raised, of tokens {list(tokens.shape)}, {why}"
+                ) from error
         found = self._logits.get(Call(self.inner, (tokens,), {}, output))
         if found.ndim != 3 or found.shape[:2] != tokens.shape:
             raise BadInputError(
@@ -231,3 +241,16 @@ class MappedModel(Hooked, nn.Module):
                 period = self.placed[name].period
                 if end % period == 0 and end // period <= len(parts):
                     self.placed[name].point(parts[end // period - 1])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's own: somebody may be training it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

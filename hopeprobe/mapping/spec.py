@@ -23,6 +23,7 @@
     [memory.titans]                      # fast weights: the part of their points' names between layer and hook
     period = 16                          # tokens between two writes
     decay = "zero"                       # what they decay towards, "init" or "zero"; none: they do not
+    place = "blocks.{layer}.titans"      # what their points' names begin with; this is the default
     [memory.titans.freeze]               # points, and what they must be for nothing to be written, not even decay
     "blocks.{layer}.titans.hook_step" = -inf
     [memory.titans.fast]                 # hook_fast_NAME; meta: the parameter that it starts from

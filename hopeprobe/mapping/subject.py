@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.subject import Subject, WindowLosses
 
-from .checks import check_subject
+from .checks import check_subject, sample_length
 from .files import built, read_content, stated
 from .modelled import ENDED, MappedModel
 from .spec import LAYER, Map, matching, near_patterns, read_map
@@ -62,14 +62,19 @@ class MappedSubject(Subject):
         first = next(inner.parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.dtype = "float32" if first is None else str(first.dtype).removeprefix("torch.")
-        shown = self.read(torch.zeros(1, min(2, self.context), dtype=torch.int64, device=self.device)).shape[
-            -1
-        ]
+        shown = self._logits_of(sample_length(self))
         self.vocab_size = model.get("vocab_size", shown)
         if self.vocab_size > shown:
             raise BadInputError(
                 f"{told}, [model]: vocab_size is {self.vocab_size}, and there are {shown} logits"
             )
+
+    def _logits_of(self, length: int) -> int:
+        """How many logits there are, of a window as long as those that the map is tried on."""
+        try:
+            return self.read(torch.zeros(1, length, dtype=torch.int64, device=self.device)).shape[-1]
+        except MeasurementError as error:
+            raise BadInputError(str(error)) from error
 
     def read(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of a window's tokens, without an outer gradient."""
@@ -246,7 +251,7 @@ def subject_of(
     """A module in memory as a subject.
 
     Args:
-        module: gives logits (B, T, V) of tokens (B, T); it is put into evaluation mode and keeps its weights.
+        module: gives logits (B, T, V) of tokens (B, T); it is measured in evaluation mode and left in its own.
         spec: a map, its plain data, or its file; `context` and `tokenizer` are needed of `[model]`.
         name: how tables call it.
         initial: the same model with the weights that training began from, for the null `own-init`.

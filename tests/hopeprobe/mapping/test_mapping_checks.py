@@ -46,7 +46,7 @@ class Sums(Model):
         (MixesRows, "a row's logits change with the other row of its batch"),
         (Noisy, "other logits of the same tokens each time"),
         (Twice, "hook_fast_w: 5 writes of 8 tokens, and a period of 4 makes 2"),
-        (Sums, r"output.logits of the model is \[1, 23\] for tokens \[1, 2\]"),
+        (Sums, r"output.logits of the model is \[1, 23\] for tokens \[1, 8\]"),
     ],
 )
 def test_models_that_are_not_measured(edited, kind, message):

@@ -11,7 +11,7 @@ import torch
 from chunked import Model
 
 import hopeprobe
-from hopeprobe.errors import BadInputError
+from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.mapping import MappedSubject, load_mapped, subject_of
 from hopeprobe.probes import PROBES
 from hopeprobe.subject import MissingCapability
@@ -135,6 +135,7 @@ def test_the_gradient_is_that_of_the_module(model, edited):
     subject.loss(tokens, torch.tensor([16, 8])).backward()
     ours = model.layers[0].memory.start.grad.clone()
     model.zero_grad()
+    model.eval()
     losses = torch.nn.functional.cross_entropy(
         model(tokens[:, :-1])["logits"].transpose(1, 2), tokens[:, 1:], reduction="none"
     )
@@ -252,3 +253,61 @@ def test_levels_whose_weights_nobody_names_have_no_rows_of_them(model, edited, t
     rows = found.table[found.table.statistic == "weight_norm"]
     assert rows.verdict.tolist() == ["n/a"]
     assert "does not say which weights" in rows.note.item()
+
+
+def test_a_loop_of_somebodys_own_is_watched(model, edited, text, tmp_path):
+    """Training goes as it would unwatched, dropout and all; what is measured is without."""
+    model.train()
+    alone = copy.deepcopy(model)
+    made, data = (
+        edited("model", "context", 16),
+        torch.from_numpy(text.document_tokens(0).astype(np.int64))[None],
+    )
+
+    def train(one, watch=None):
+        torch.manual_seed(1)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        for _ in range(4):
+            logits = one(data[:, :-1])["logits"]
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits[0], data[0, 1:]).backward()
+            optimizer.step()
+            if watch is not None:
+                watch.step()
+
+    monitor = hopeprobe.Monitor(
+        ["surprise", "meta-fast"], text, 1440, every=2, split="all", cache_dir=tmp_path
+    )
+    with monitor.watching(subject_of(model, made)) as watch:
+        train(model, watch)
+    train(alone)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    assert model.dropout.training
+    rows = monitor.results.table
+    losses = rows[rows.statistic == "mean_loss"]
+    assert losses.step.tolist() == [0, 2, 4]
+    assert losses.value.nunique() == 3
+    model.eval()
+    after = subject_of(model, made)
+    found = hopeprobe.analyze(
+        after, "surprise", data=text, split="all", tokens=1440, fresh=0, cache_dir=tmp_path
+    )
+    assert found.table.set_index("statistic").loc["mean_loss", "value"] == pytest.approx(
+        losses.value.iloc[-1], rel=1e-6
+    )
+
+
+def test_what_a_model_raises_is_said_with_what_it_was_given(model, edited):
+    class Picky(Model):
+        def forward(self, tokens):
+            if tokens.shape[1] % 4:
+                raise ValueError("a multiple of 4\nor nothing")
+            return super().forward(tokens)
+
+    subject = subject_of(Picky(), edited("model", "context", 16))
+    with pytest.raises(
+        MeasurementError, match=r"the model raised, of tokens \[1, 3\], ValueError: a multiple of 4$"
+    ):
+        subject.run(torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(BadInputError, match="the model raised, of tokens"):
+        subject_of(Picky(), edited("model", "context", 7))
