@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from hopeprobe.hooks import Hooked
 
 LOADER_GROUP = "hopeprobe.subjects"
+OTHERS = (
+    "other models join by a map (`--map`, or load(path, map=...); `python -m pydoc hopeprobe.mapping.spec` describes "
+    f"it), or by a loader in the entry-point group {LOADER_GROUP!r}"
+)
 
 
 class MissingCapability(MeasurementError):  # noqa: N818 - not a failure: the model simply has no such thing
@@ -257,8 +261,5 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
         tried.append(entry.name)
     known = f"known kinds: {', '.join(tried)}" if tried else "no loader is installed"
     known += f"; not usable: {', '.join(broken)}" if broken else ""
-    hint = (
-        what_reads(file)
-        or f"other models join by a map, or by a loader in the entry-point group {LOADER_GROUP!r}"
-    )
+    hint = what_reads(file) or OTHERS
     raise BadInputError(f"{file} is not a checkpoint that can be read ({known}): {hint}")

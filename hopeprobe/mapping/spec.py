@@ -15,6 +15,7 @@
     tokens = "input_ids"                 # keyword of the tokens; none: the first argument
     logits = "output.logits"             # where they are in what the model gives; none: "output"
     grad = true                          # the forward pass needs gradients of its own
+    writes = false                       # nothing in it writes while it reads: without [memory], nothing else says so
 
     [points]                             # hook point = module, or module and where in its call the tensor is
     "blocks.{layer}.hook_resid_post" = "layers.{layer}"
@@ -63,7 +64,7 @@ MAP_GROUP = "hopeprobe.maps"
 _MODEL = {
     "build": str, "arguments": (dict, str), "weights": str, "strip": str, "steps": (str, int), "seed": (str, int),
     "initial": str, "checkpoints": str, "tokenizer": str, "vocab_size": int, "context": int, "tokens": str,
-    "logits": str, "grad": bool,
+    "logits": str, "grad": bool, "writes": bool,
 }  # fmt: skip
 _KINDS = {str: "text", int: "a whole number", dict: "a table", bool: "true or false"}
 _POINT = {"module": str, "value": str, "dims": str, "editable": bool, "equation": str, "method": str}
@@ -129,6 +130,8 @@ class Map:
         points = tuple(_point(name, line, where) for name, line in document.get("points", {}).items())
         memories = tuple(_memory(name, part, told) for name, part in document.get("memory", {}).items())
         _check_names(told, points, memories)
+        if memories and not model.get("writes", True):
+            raise BadInputError(f"{told}, [model]: writes is false, and there is [memory.{memories[0].name}]")
         groups = {name: _holders(name, given, told) for name, given in document.get("groups", {}).items()}
         return cls(told, model, points, memories, groups, dict(document))
 

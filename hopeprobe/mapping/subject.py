@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hopeprobe.hooks import HookPoint
 
 REST = "other"
+UNSAID = "[memory] in its map, nor does the map say `writes = false`: whether it writes is not known"
 
 
 class MappedSubject(Subject):
@@ -97,8 +98,14 @@ class MappedSubject(Subject):
     # -- what it is made of --------------------------------------------------------------------------------------
 
     def write_periods(self) -> Mapping[str, int]:
-        """Of each `[memory]`."""
+        """Of each `[memory]`; MissingCapability where there is none and the map does not say that nothing writes."""
+        if self._unsaid:
+            raise self._missing(UNSAID)
         return {memory.name: memory.period for memory in self.module.spec.memories}
+
+    @property
+    def _unsaid(self) -> bool:
+        return not self.module.spec.memories and self.module.spec.model.get("writes", True)
 
     def decay_target(self) -> Mapping[str, Literal["init", "zero"]]:
         """As the map says."""
@@ -150,6 +157,10 @@ class MappedSubject(Subject):
     def freeze_hooks(self, mechanism: str | None = None) -> Sequence[tuple[Any, Callable[..., Any]]]:
         """Hooks that put in, at the points of `freeze`, the numbers under which nothing is written."""
         memories = self.module.spec.memories
+        if self._unsaid:
+            raise self._missing(UNSAID)
+        if mechanism is None and not memories:
+            return []
         meant = [
             m
             for m in memories

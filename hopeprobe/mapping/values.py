@@ -129,7 +129,9 @@ def parse(text: str) -> Value:
 
 def _check_tensor(found: Any, term: Term) -> None:
     if not isinstance(found, Tensor):
-        raise BadInputError(f"{term} is {_what(found)}, not a tensor{_inside(found)}")
+        parts = _inside(found)
+        which = f"; say where in it, for instance '{term}.{_first(found)}'" if parts else ""
+        raise BadInputError(f"{term} is {_what(found)}{parts}, not a tensor{which}")
 
 
 def _walk(there: Any, steps: Sequence[str], told: str) -> Any:
@@ -196,3 +198,9 @@ def _inside(there: Any) -> str:
     if isinstance(there, tuple) and hasattr(there, "_fields"):
         return f"; it has {', '.join(there._fields)}"
     return f" of {len(there)}" if isinstance(there, tuple | list) else ""
+
+
+def _first(there: Any) -> Any:
+    if _is_mapping(there):
+        return next(iter(there.keys()), "key")
+    return there._fields[0] if hasattr(there, "_fields") else 0

@@ -238,7 +238,8 @@ def _silent(subject: Subject, names: Sequence[str], batch: EvalBatch) -> list[st
     """Of points that did not fire, those that should have: write gates rest where a batch is too short to write."""
     if names and batch.tokens.shape[1] - 1 < subject.tick:
         with contextlib.suppress(MissingCapability):
-            gates = resolve(subject.module.hook_dict, [selector for selector, _ in subject.freeze_hooks()])
+            selectors = [selector for selector, _ in subject.freeze_hooks()]
+            gates = resolve(subject.module.hook_dict, selectors) if selectors else []
             return [name for name in names if name not in gates]
     return list(names)
 

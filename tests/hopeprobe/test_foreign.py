@@ -78,9 +78,7 @@ def test_nobody_elses_file_is_taken_for_one(tmp_path, content):
     assert not is_nested_learning(content)
     path = saved(tmp_path / "step_000200.pt", content)
     assert what_reads(path) == ""
-    with pytest.raises(
-        BadInputError, match=r"\(known kinds: hope[^)]*\): other models join by a map, or by a loader"
-    ):
+    with pytest.raises(BadInputError, match=r"\(known kinds: hope[^)]*\): other models join by a map"):
         hopeprobe.load(path)
 
 

@@ -311,3 +311,26 @@ def test_what_a_model_raises_is_said_with_what_it_was_given(model, edited):
         subject.run(torch.zeros(1, 4, dtype=torch.int64))
     with pytest.raises(BadInputError, match="the model raised, of tokens"):
         subject_of(Picky(), edited("model", "context", 7))
+
+
+def test_whether_it_writes_is_known_only_where_the_map_says_so(model, edited, text, tmp_path):
+    """Without a memory in its map a model that writes would pass for one that never does, and live for frozen."""
+    bare = {**edited("model", "context", 16), "memory": {}, "points": {}}
+    silent, said = subject_of(model, bare), subject_of(model, edited("model", "writes", False, of=bare))
+    for subject, expected in ((silent, True), (said, False)):
+        found = hopeprobe.analyze(
+            subject,
+            ["integrity", "adaptation"],
+            data=text,
+            split="all",
+            tokens=1440,
+            fresh=0,
+            cache_dir=tmp_path,
+        ).table
+        loss = found[found.statistic == "frozen_loss"]
+        assert (loss.verdict.item() == "n/a") == expected
+        notes = " ".join(found[found.probe == "adaptation"].note)
+        assert ("whether it writes is not known" in notes) == expected
+        assert ("never writes" in notes) != expected
+    with pytest.raises(BadInputError, match="writes is false, and there is"):
+        subject_of(model, edited("model", "writes", False, of=edited("model", "context", 16)))

@@ -82,7 +82,7 @@ def test_what_is_no_value(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("output", "output is a tuple, not a tensor of 4"),
+        ("output", "output is a tuple of 4, not a tensor; say where in it, for instance 'output.0'"),
         ("output.1.step", "output.1.step is a int, not a tensor"),
         ("output.9", "there is no '9' in a tuple of 4"),
         ("output.1.states", "there is no 'states' in a State; it has weights, step"),
