@@ -64,7 +64,9 @@ def called(words):
 
 def interrupted(words, folder):
     """The same in a process of its own, interrupted once there is a checkpoint after the first step."""
-    code = "import sys; from hopeprobe.cli import main; main(sys.argv[1:])"
+    # What was started in the background of a shell ignores interrupts, and so would what it starts.
+    heard = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; from hopeprobe.cli import main; main(sys.argv[1:])"
     before = set(folder.rglob("*.pt"))
     with subprocess.Popen(
         [sys.executable, "-c", code, *words],
