@@ -31,7 +31,7 @@ $(PEERS_INSTALLED): pyproject.toml constraints-peers.txt examples/peers/pyprojec
 $(INTEROP_INSTALLED): pyproject.toml constraints-interop.txt
 	$(PYTHON) -m venv .venv-interop
 	$(INTEROP)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-interop.txt nnsight transformer-lens \
-		pytest pytest-timeout --editable .
+		pytest pytest-timeout --editable '.[tensorboard]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -52,6 +52,7 @@ interop: $(INTEROP_INSTALLED)
 
 test-interop: $(INTEROP_INSTALLED)
 	OMP_NUM_THREADS=1 $(INTEROP)/python -m pytest -m interop tests/interop
+	OMP_NUM_THREADS=1 $(INTEROP)/python -m pytest tests/hopeprobe/test_monitor.py -k tensorboard
 
 reconstruction: $(PEERS_INSTALLED)
 	OMP_NUM_THREADS=1 $(PEERS)/python examples/reconstruction.py
