@@ -110,7 +110,8 @@ class HookHandle:
 class HookPoint:
     """A named place in the forward pass; call it with the tensor and go on with what it returns.
 
-    `active` is true while at least one hook is there. Forward hooks run in the order they were added.
+    `active` is true while at least one hook is there, `awaited` while somebody may add one before the run is over, for
+    models that keep nothing of what is not looked at. Forward hooks run in the order they were added.
     Backward hooks receive the gradient with respect to what the point returned, along all paths after the
     point and none around it.
 
@@ -128,12 +129,13 @@ class HookPoint:
     (False, tensor([1., 1.]))
     """
 
-    __slots__ = ("_bwd", "_fwd", "active", "name", "spec")
+    __slots__ = ("_bwd", "_fwd", "active", "awaited", "name", "spec")
 
     def __init__(self, name: str, spec: HookSpec) -> None:
         self.name = name
         self.spec = spec
         self.active = False
+        self.awaited = False
         # Tuples, replaced as a whole: a hook that adds or removes hooks leaves the firing under way alone.
         self._fwd: tuple[InstalledHook, ...] = ()
         self._bwd: tuple[InstalledHook, ...] = ()

@@ -11,6 +11,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,28 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def built(spec: Map, content: Mapping[str, Any], path: Path) -> tuple[nn.Module, Callable[[], nn.Module]]:
+@dataclass(frozen=True)
+class Build:
+    """What makes a model: `make(**arguments)`; told: what messages call it."""
+
+    make: Callable[..., Any]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    told: str = "build"
+
+    def __call__(self) -> nn.Module:
+        """A model with fresh weights. Raises BadInputError for what the callable raises, or gives in place of one."""
+        try:
+            made = self.make(**self.arguments)
+        except Exception as error:
+            raise BadInputError(
+                f"{self.told}({', '.join(self.arguments)}) raised {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(made, nn.Module):
+            raise BadInputError(f"{self.told} gave a {type(made).__name__}, not a torch module")
+        return made
+
+
+def built(spec: Map, content: Mapping[str, Any], path: Path) -> tuple[nn.Module, Build]:
     """The model with the file's weights, and what makes one with fresh weights."""
     model, told = spec.model, f"{spec.told}, [model]"
     if "build" not in model:
@@ -64,18 +86,7 @@ def built(spec: Map, content: Mapping[str, Any], path: Path) -> tuple[nn.Module,
         where, arguments = arguments, looked_up(content, arguments, f"{path}, as {told} wants its arguments")
         if not isinstance(arguments, Mapping) or not all(isinstance(k, str) for k in arguments):
             raise BadInputError(f"{path}: {where!r} is a {type(arguments).__name__}, not keyword arguments")
-
-    def build() -> nn.Module:
-        try:
-            made = make(**arguments)
-        except Exception as error:
-            raise BadInputError(
-                f"{told}: {model['build']}({', '.join(arguments)}) raised {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(made, nn.Module):
-            raise BadInputError(f"{told}: {model['build']} gave a {type(made).__name__}, not a torch module")
-        return made
-
+    build = Build(make, arguments, f"{told}: {model['build']}")
     with torch.random.fork_rng(devices=[]):
         inner = build()
     _load(inner, spec, content, path)

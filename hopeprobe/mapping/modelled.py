@@ -155,10 +155,10 @@ class MappedModel(Hooked, nn.Module):
         return found
 
     def _active(self) -> dict[tuple[nn.Module, str], list[Placed]]:
-        """What to watch. Fast weights are also wanted by who listens to the clock, as hooks may go on at its ticks."""
+        """What to watch. Hooks at fast weights may go on while windows are told, after the module ran."""
         found: dict[tuple[nn.Module, str], list[Placed]] = {}
         for one in self.placed.values():
-            if one.point.active or (one.period and self._clock.active):
+            if one.point.active or one.point.awaited:
                 found.setdefault((one.module, one.spec.method), []).append(one)
         return found
 
@@ -198,11 +198,8 @@ class MappedModel(Hooked, nn.Module):
                 raise BadInputError("it is inside torch.func (vmap or grad), where no tensor can be shown")
             if placed.period:
                 if self._given is not None:
-                    given = tensor.detach()
-                    given = (
-                        given if "write" in placed.spec.dims else given.clone()
-                    )  # the next write may be in place
-                    self._given.setdefault(name, []).append(given)
+                    # A copy, as what comes next may be written in place.
+                    self._given.setdefault(name, []).append(tensor.detach().clone())
                 return
             shown = placed.point(tensor)
             if shown is not tensor:

@@ -6,8 +6,6 @@ are missing. `freeze` closes all writes of a memory at once, so there is no gate
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +19,8 @@ from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.subject import Subject, WindowLosses
 
 from .checks import check_subject, sample_length
-from .files import built, read_content, stated
+from .code import code_of, settings_of
+from .files import Build, built, read_content, stated
 from .modelled import ENDED, MappedModel
 from .spec import LAYER, Map, matching, near_patterns, read_map
 
@@ -46,7 +45,7 @@ class MappedSubject(Subject):
         path: Path | None = None,
         content: Mapping[str, Any] | None = None,
         initial: Subject | None = None,
-        build: Callable[[], nn.Module] | None = None,
+        build: Build | None = None,
     ) -> None:
         """See `subject_of`; content: of the file. Raises BadInputError where the map does not fit the module."""
         told, model = spec.told, spec.model
@@ -182,22 +181,18 @@ class MappedSubject(Subject):
     # -- where it comes from -------------------------------------------------------------------------------------
 
     def identity(self) -> Mapping[str, Any]:
-        """The map, and a digest of the code of every module in the model: MissingCapability where it is in no file."""
-        return {"map": _plain(self.module.spec.document), "code": self._code()}
+        """The map, what the model was built with, and digests of its code and of its modules' settings.
 
-    def _code(self) -> str:
-        total, seen = hashlib.sha256(), set()
-        for module in self.module.inner.modules():
-            kind = type(module)
-            if kind.__module__.partition(".")[0] == "torch" or kind in seen:
-                continue
-            seen.add(kind)
-            try:
-                total.update(Path(inspect.getfile(kind)).read_bytes())
-            except (OSError, TypeError):
-                raise self._missing(f"code in a file: {kind.__qualname__} was defined in memory") from None
-        total.update(str(self.module.inner).encode())
-        return total.hexdigest()
+        Raises MissingCapability where some of the code is in no file: nothing would tell another version from it.
+        """
+        code = code_of(self.module.inner, self._build.make if self._build else None)
+        if code is None:
+            raise self._missing("code in files: some of its modules were defined in memory")
+        told = {
+            "map": _plain(self.module.spec.document),
+            "arguments": _plain(self._build.arguments if self._build else {}),
+        }
+        return told | {"code": code, "settings": settings_of(self.module.inner)}
 
     def reinitialised(self, seed: int) -> MappedSubject:
         """A model built anew."""
@@ -223,7 +218,17 @@ class MappedSubject(Subject):
         file = self.path.with_name(name)
         if not file.is_file():
             raise self._missing(f"initial weights: {file} is not there")
-        return self.sibling(file)
+        found = self.sibling(file)
+        if found.trained_steps:
+            raise self._missing(f"initial weights: {file} says step {found.trained_steps}")
+        if (
+            found._build is not None
+            and self._build is not None
+            and found._build.arguments != self._build.arguments
+        ):
+            raise self._missing(f"initial weights: the model of {file} was built with other arguments")
+        found.trained_steps = 0
+        return found
 
     def sibling(self, path: Path) -> MappedSubject:
         """Another file of the run, through the same map, which has been tried."""
@@ -273,10 +278,11 @@ def subject_of(
 
     """
     made = _map(spec)
-    first = None if initial is None else MappedSubject(initial, made, name=f"{name} (initial)", build=build)
+    make = None if build is None else Build(build)
+    first = None if initial is None else MappedSubject(initial, made, name=f"{name} (initial)", build=make)
     if first is not None:
         first.trained_steps = 0
-    subject = MappedSubject(module, made, name=name, initial=first, build=build)
+    subject = MappedSubject(module, made, name=name, initial=first, build=make)
     check_subject(subject)
     return subject
 

@@ -112,9 +112,13 @@ class Reducing:
         clock = self._points[self._clock].add_hook(self._count)
         always = [n for n in self._reducers if self._wanted is None or self._points[n].spec.cadence == "tick"]
         handles = [self._points[name].add_hook(self._take) for name in always]
+        for name in self._reducers:
+            self._points[name].awaited = True
         try:
             yield
         finally:
+            for name in self._reducers:
+                self._points[name].awaited = False
             for handle in (clock, *handles, *self._handles):
                 handle.remove()
 

@@ -165,3 +165,22 @@ def test_windows_and_hooks_that_do_not_fit_are_named(subject, tokens):
         subject.module.run_with_hooks(
             tokens, fwd_hooks=[("blocks.0.hook_resid_post", lambda x, hook: x[:, :3])]
         )
+
+
+def test_fast_weights_are_kept_only_where_somebody_awaits_them(subject, tokens, monkeypatch):
+    """They are large, and a probe of losses listens to the same clock."""
+    watched = []
+    whole = type(subject.module)._watched
+
+    def watching(self, module, *rest):
+        watched.append(module)
+        return whole(self, module, *rest)
+
+    monkeypatch.setattr(type(subject.module), "_watched", watching)
+    subject.module.run_with_cache(tokens, names_filter="hook_surprise")
+    assert watched == []
+    reducing = Reducing(subject, {FAST.format(1): lambda fast: fast.flatten(1)}, frozenset([8]))
+    with reducing.watching():
+        subject.run(tokens)
+    assert len(watched) == 1
+    assert not any(point.awaited or point.active for point in subject.module.hook_dict.values())

@@ -1,7 +1,6 @@
 """A mapped model as a subject: what probes make of it, files of its run, and what it cannot do."""
 
 import copy
-import inspect
 import json
 import re
 
@@ -143,23 +142,84 @@ def test_the_gradient_is_that_of_the_module(model, edited):
     torch.testing.assert_close(ours, model.layers[0].memory.start.grad)
 
 
-def test_other_code_or_another_map_is_another_model(model, edited, monkeypatch, tmp_path):
+def test_whatever_changes_the_computation_changes_the_identity(
+    run, of_files, model, edited, monkeypatch, tmp_path
+):
+    """But weights do not: nulls of a run are shared by its checkpoints."""
     made = edited("model", "context", 16)
-    identity = subject_of(model, made).identity()
-    assert identity == subject_of(model, copy.deepcopy(made)).identity()
-    assert json.dumps(identity)
-    assert identity != subject_of(model, edited("memory", "memory", "decay", "init", of=made)).identity()
-    other = tmp_path / "chunked.py"
-    other.write_text(inspect.getsource(inspect.getmodule(Model)).replace("* 0.1", "* 0.2"))
-    monkeypatch.setattr("hopeprobe.mapping.subject.inspect.getfile", lambda kind: str(other))
-    assert identity["code"] != subject_of(model, made).identity()["code"]
 
-    class Typed(Model):
-        pass
+    def identity(one=model, plan=made):
+        return json.dumps(subject_of(one, plan).identity(), sort_keys=True)
 
-    monkeypatch.setattr("hopeprobe.mapping.subject.inspect.getfile", lambda kind: "<stdin>")
+    first = identity()
+    assert first == identity(copy.deepcopy(model), copy.deepcopy(made))
+    with torch.no_grad():
+        model.head.bias += 1
+    assert first == identity()
+    assert first != identity(plan=edited("memory", "memory", "decay", "init", of=made))
+    model.layers[0].memory.rate = 0.25
+    assert first != identity()
+    del model.layers[0].memory.rate
+    model.dropout.p = 0.25
+    assert first != identity()
+    model.dropout.p = 0.5
+    assert first == identity()
+    small = load_mapped(run / "step-0.pt", of_files).identity()
+    content = torch.load(run / "step-0.pt", weights_only=True)
+    torch.save({**content, "config": {"vocab": 23, "dim": 8}}, tmp_path / "same.pt")
+    other = load_mapped(tmp_path / "same.pt", of_files).identity()
+    assert small["settings"] == other["settings"]
+    assert small != other, "the file's arguments are no part of it"
+
+
+def test_code_beside_a_model_is_part_of_it(tmp_path, monkeypatch):
+    """Also what its file imports from its folder, and what builds it; not what is installed."""
+    from hopeprobe.mapping.code import code_of
+
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_rule.py").write_text("def rule(x):\n    return x\n")
+    (tmp_path / "own_net.py").write_text(
+        "import numpy, torch\nfrom own_rule import rule\nclass Net(torch.nn.Linear):\n    pass\n"
+    )
+    (tmp_path / "own_build.py").write_text("def build():\n    return None\n")
+    import own_build
+    import own_net
+
+    net = own_net.Net(1, 1)
+    alone, with_build = code_of(net, None), code_of(net, own_build.build)
+    assert None not in (alone, with_build)
+    assert alone != with_build
+    (tmp_path / "own_rule.py").write_text("def rule(x):\n    return 2 * x\n")
+    assert code_of(net, None) not in (alone, None)
+    (tmp_path / "own_build.py").write_text("def build():\n    return 1\n")
+    assert code_of(net, own_build.build) not in (with_build, None)
+
+    exec("class Typed(torch.nn.Linear):\n    pass\n", typed := {"torch": torch, "__name__": "typed_in"})
+    assert code_of(typed["Typed"](1, 1), None) is None
+    (tmp_path / "own_net.py").unlink()
+    assert code_of(net, None) is None
+
+
+def test_without_code_in_files_nothing_is_kept(model, edited, monkeypatch):
+    monkeypatch.setattr("hopeprobe.mapping.subject.code_of", lambda *_: None)
     with pytest.raises(MissingCapability, match="defined in memory"):
-        subject_of(Typed(), made).identity()
+        subject_of(model, edited("model", "context", 16)).identity()
+
+
+def test_initial_weights_are_those_of_step_0(run, of_files, tmp_path):
+    for name in ("step-0.pt", "step-60.pt"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    content = torch.load(run / "step-0.pt", weights_only=True)
+    for changed, said in (
+        ({"step": 3}, "says step 3"),
+        ({"config": {"vocab": 23, "dim": 8}}, "with other arguments"),
+    ):
+        torch.save({**content, **changed}, tmp_path / "step-0.pt")
+        with pytest.raises(MissingCapability, match=said):
+            load_mapped(tmp_path / "step-60.pt", of_files).own_init()
+    (tmp_path / "step-0.pt").unlink()
+    with pytest.raises(MissingCapability, match="is not there"):
+        load_mapped(tmp_path / "step-60.pt", of_files).own_init()
 
 
 def test_safetensors_too(run, of_files, tmp_path):
