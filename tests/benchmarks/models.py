@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hopeprobe.model.config import ModelConfig, preset
 from hopeprobe.model.hope import HopeModel
-from hopeprobe.model.train import TrainConfig, make_optimizer
+from hopeprobe.model.run import make_optimizer
+from hopeprobe.model.train_config import TrainConfig
 
 BATCH = 8
 

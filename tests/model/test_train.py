@@ -14,7 +14,8 @@ from hopeprobe.model import train as module
 from hopeprobe.model.checkpoint import read, run_checkpoints, save, step_path
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
-from hopeprobe.model.train import TrainConfig, make_optimizer, train
+from hopeprobe.model.run import make_optimizer
+from hopeprobe.model.train import TrainConfig, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
 
 MODEL = dataclasses.replace(TOY, vocab_size=53, context=16, embed_std=0.1)
