@@ -17,6 +17,7 @@ from hopeprobe.cli.maps import opened
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import check_places, write_atomically
+from hopeprobe.locks import file_lock
 from hopeprobe.regression import DEFAULT_PROBES, Baseline, Check, check, make_baseline
 from hopeprobe.regression.comparing import COLUMNS, Outcome
 from hopeprobe.regression.reports import github_annotations, write_junit
@@ -43,7 +44,7 @@ def run_baseline(
     tolerances = dict(map(_tolerance, tolerance))
     chosen = asked_probes(probes, every, DEFAULT_PROBES)
     check_places([output], read=[*checkpoints, *data])
-    with progress() as report:
+    with file_lock(output), progress() as report:
         made = make_baseline(
             opened(checkpoints, model_map),
             chosen,
@@ -55,7 +56,7 @@ def run_baseline(
             tolerances,
             progress=report,
         )
-    made.write(output)
+        made.write(output)
     screen = console()
     screen.print(_kept(made))
     for line in filter(None, (*_reading(made), made.dead)):

@@ -18,8 +18,9 @@ from hopeprobe.cli.probing import ProbeOptions, probe_cells
 from hopeprobe.cli.terminal import console, progress, say
 from hopeprobe.cli.training import load_data
 from hopeprobe.errors import BadInputError, DivergedError, MeasurementError, near_names
+from hopeprobe.locks import refuse_held, run_lock
 from hopeprobe.model.config import PRESET_LEARNING_RATE
-from hopeprobe.model.grid import Setting, cells, known_cells, locked, run_grid, workers_for
+from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_for
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
 from hopeprobe.study import Cell, Comparison, Grid, Table, compare
@@ -97,6 +98,7 @@ def run_ablation(
     names = list(dict.fromkeys([REFERENCE, *variants]))
     specs = cells(setting, options.out, names, range(options.seeds), thresholds)
     screen = console(stderr=True)
+    refuse_held(options.out)
     with progress() as report:
         data = load_data(list(setting.data), report)
         for tokens in (
@@ -104,7 +106,7 @@ def run_ablation(
             *([probing.tokens] if probing else []),
         ):  # too many are told before training
             EvalWindows(data, context=specs[0].model.context, tokens=tokens)
-        with locked(options.out):
+        with run_lock(options.out):
             known_cells(options.out, specs[0].shared(data))  # another grid's folder is, too
             ran = run_grid(specs, data, options.workers or workers_for(specs), report)
             if not ran.records:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hopeprobe.cli.terminal import Report, console, progress, say
 from hopeprobe.files import check_places
+from hopeprobe.locks import refuse_held
 from hopeprobe.model.config import PRESET_LEARNING_RATE, GateConfig, preset, published
 from hopeprobe.model.train import Progress, Run, TrainConfig, train
 from hopeprobe.tokens import TokenData, TrainWindows, load_tokens
@@ -72,6 +73,7 @@ def run_training(
         eval_every=eval_every,
     )
     check_places(folders=[out])
+    refuse_held(out)
     monitor = _monitor(probes, data, probe_every, probe_tokens)
     with progress() as report:
         tokens = load_data(data, report)

@@ -263,6 +263,10 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Be a worker."""
     spec = CellSpec.from_json(sys.stdin.readline())
+    sys.argv[:] = [
+        "hopeprobe",
+        f"worker of a grid, {spec.name}, seed {spec.seed}",
+    ]  # for whoever finds its lock
     threading.Thread(target=_end_with_input, daemon=True).start()
     torch.set_num_threads(spec.threads)
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def run_grid(
 ) -> Ran:
     """Run the cells that are not done yet, `workers` at a time; one that fails does not stop the others.
 
-    Workers load `data` from the cache by themselves. Call it while the folder is `locked`.
+    Workers load `data` from the cache by themselves. Call it under the folder's `run_lock`.
     """
     return _Grid(list(specs), data, progress).run(workers)
 
@@ -300,37 +300,3 @@ class _Grid:
                 total = sum(each.train.steps for each in self.specs)
                 done = f"{len(self.records)} of {len(self.specs)} cells done"
                 self.progress(f"training: {done}; {text}, step", sum(self.steps.values()), total)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for one process, where the system has locks for files; a process that dies lets go of it.
-
-    Raises BadInputError where another holds it, or nothing can be written there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # a system without: nothing is held
-        yield
-        return
-    path = folder / ".lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise BadInputError(
-            f"cannot write in {folder}: {error.strerror or error}; choose another --out"
-        ) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BadInputError(
-                f"{folder} is in use by process {file.read().strip() or 'of unknown number'}: let it end, or choose "
-                "another --out"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hopeprobe.locks import run_lock
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.finite import first_not_finite
 from hopeprobe.model.measure import Watch, held_out, norm_ratio
@@ -53,11 +54,26 @@ def train(
     after every step, and what it gives goes into that step's line of metrics.
 
     Raises:
-        BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs.
+        BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs;
+        another process trains there.
         DivergedError: the loss or a gradient is not finite; the message says where that began, the last good
         checkpoint stays.
     """
     check_memory(model_config, config.batch)
+    with run_lock(folder):
+        return _train(model_config, config, data, folder, resume, progress, callbacks, each_step)
+
+
+def _train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    data: TokenData,
+    folder: Path,
+    resume: bool,
+    progress: Progress | None,
+    callbacks: tuple[Callable[[Run], None], ...],
+    each_step: Callable[[Run], Mapping[str, Any] | None] | None,
+) -> Run:
     train_windows = TrainWindows(data, model_config.context, config.batch, config.seed)
     unseen = _unseen(data, model_config, config)
     run = resumed(model_config, config, data, folder) if resume else fresh(model_config, config, data, folder)

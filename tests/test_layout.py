@@ -15,6 +15,7 @@ ALLOWED = {
         "hopeprobe.errors",
         "hopeprobe.subject",
         "hopeprobe.files",
+        "hopeprobe.locks",
     },
     "cli": {"hopeprobe"},
 }

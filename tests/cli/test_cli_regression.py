@@ -1,9 +1,12 @@
 """`hopeprobe baseline` and `hopeprobe check`: what they print and write, their statuses, and wrong input."""
 
 import json
+import os
 from xml.etree import ElementTree as ET
 
 import pytest
+
+from hopeprobe.locks import file_lock
 
 FEW = ("--split", "all", "--tokens", 1500, "--probe", "surprise")
 
@@ -36,6 +39,16 @@ def test_the_same_checkpoint_passes(call, trained, mech):
     assert done.code == 0, done.out
     assert "passed:" in done.out
     assert "all as in the baseline" in done.out
+
+
+def test_two_baselines_in_one_file_are_one_too_many(call, trained, text, mech):
+    before = mech.read_bytes()
+    with file_lock(mech):
+        done = call("baseline", trained / "step-000003.pt", "--data", text, *FEW, "--output", mech)
+    assert done.code == 2
+    assert f"{mech} is in use by process {os.getpid()} on " in done.err
+    assert done.err.endswith("let it end or stop it, or choose another file\n")
+    assert mech.read_bytes() == before
 
 
 def test_every_shows_what_did_not_move(call, trained, mech):

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from hopeprobe.errors import BadInputError
+from hopeprobe.locks import run_lock
 from hopeprobe.model import grid as grid_module
 from hopeprobe.model.cell import RECORD, CellSpec, run_cell
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.grid import Setting, cells, known_cells, locked, run_grid, workers_for
+from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_for
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.tokens import load_tokens
 
@@ -160,11 +161,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_grid import specs
-from hopeprobe.model.grid import locked, run_grid
+from hopeprobe.locks import run_lock
+from hopeprobe.model.grid import run_grid
 from hopeprobe.tokens import load_tokens
 text = Path({text!r})
 folder = Path({folder!r})
-with locked(folder):
+with run_lock(folder):
     run_grid(specs(folder, (text,), ("full", "transformer"), steps=400), load_tokens(str(text)), 2)
 """
 
@@ -203,7 +205,7 @@ def test_killed_at_any_point_workers_end_and_the_rest_is_done_later(how, text, t
         wait_until(lambda: list(tmp_path.glob("*/*/step-000004.pt")) or process.poll() is not None)
         assert process.poll() is None, process.stderr.read()
         assert len(running(tmp_path)) >= 2
-        with pytest.raises(BadInputError, match=f"in use by process {process.pid}"), locked(tmp_path):
+        with pytest.raises(BadInputError, match=f"in use by process {process.pid}"), run_lock(tmp_path):
             pass
         process.send_signal(how)
         process.wait(30)
@@ -230,7 +232,7 @@ def test_killed_at_any_point_workers_end_and_the_rest_is_done_later(how, text, t
 
 def test_a_folder_that_cannot_be_written_is_named(text, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInputError, match=r"cannot write in .*file"), locked(tmp_path / "file" / "grid"):
+    with pytest.raises(BadInputError, match=r"cannot write in .*file"), run_lock(tmp_path / "file" / "grid"):
         pass
 
 

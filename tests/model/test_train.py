@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from model_toys import TOY
 
 from hopeprobe.errors import BadInputError, DivergedError
+from hopeprobe.locks import run_lock
 from hopeprobe.model import train as module
 from hopeprobe.model.checkpoint import read, run_checkpoints, save, step_path
 from hopeprobe.model.hope import HopeModel
@@ -550,3 +552,13 @@ def test_a_resume_needs_no_file_but_the_last(whole, tmp_path):
     save(step_path(tmp_path, 4), checkpoint)
     run(tmp_path, resume=True)
     assert flat(read(step_path(tmp_path, 6)).weights) == flat(read(step_path(whole, 6)).weights)
+
+
+def test_one_process_a_folder(whole, tmp_path):
+    with run_lock(tmp_path), pytest.raises(BadInputError, match=f"in use by process {os.getpid()}"):
+        run(tmp_path)
+    assert not list(tmp_path.iterdir())
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    with run_lock(whole), pytest.raises(BadInputError, match="in use"):
+        run(whole, resume=True)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
