@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from hopeprobe.errors import BadInputError
+from hopeprobe.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,7 +43,8 @@ def _check_file(file: Path) -> None:
         raise BadInputError(f"cannot write {file}: it is a folder; name a file")
     if os.path.exists(file) and not os.path.isfile(file):  # to replace /dev/null would break more than this
         raise BadInputError(f"cannot write {file}: it is no regular file; choose another")
-    _check_folder(file.parent, file)
+    # A link is written through.
+    _check_folder(Path(os.path.realpath(file)).parent if os.path.islink(file) else file.parent, file)
 
 
 def _check_folder(folder: Path, target: Path) -> None:
@@ -64,34 +65,43 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write `content` to `path`, replacing what was there, or leave everything as it was.
+    """Write `content` to `path`, replacing what was there, or leave everything as it was (see `replacing`).
 
     Folders on the way are made. Raises `BadInputError` naming the file when the disk is full or refuses.
     """
     target = Path(path)
     _check_file(target)
-    # Named before it is there: an interrupt as it is made finds it too.
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "xb") as file:
+        with replacing(target) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
     except OSError as error:
-        _remove(partial)
-        advice = "Free some space, or choose" if error.errno in _FULL else "Choose"
         raise BadInputError(
-            f"cannot write {target} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing was left "
-            f"behind. {advice} another place"
+            f"cannot write {target} ({len(content) / 2**20:.1f} MiB): {error.strerror or error}; nothing half "
+            f"written was left behind. {advice(error)}"
         ) from None
-    except BaseException:  # an interrupt: the half-written file goes too
-        _remove(partial)
-        raise
     return target
 
 
-def _remove(partial: Path) -> None:
-    with contextlib.suppress(OSError):  # most often it is not there
-        partial.unlink()
+def append_whole(file: BinaryIO, content: bytes) -> None:
+    """Add to an unbuffered file all or nothing: where it cannot be written, what was added is cut off. Raises OSError.
+
+    A process that is killed may leave the beginning; so may a cut of power.
+    """
+    descriptor = file.fileno()
+    size = os.fstat(descriptor).st_size
+    try:
+        while content:
+            content = content[os.write(descriptor, content) :]
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise
+
+
+def advice(error: OSError) -> str:
+    """What to do where nothing can be written: a sentence without its end."""
+    if error.errno in _FULL:
+        return "Free some space, or choose another place"
+    if error.errno == errno.EFBIG:
+        return "Raise the limit for the size of files (ulimit -f), or choose another place"
+    return "Choose another place"

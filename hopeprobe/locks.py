@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from hopeprobe.errors import BadInputError
 
-#: Whether the system has locks for files.
-_LOCKS = importlib.util.find_spec("fcntl") is not None
-if _LOCKS:
+#: Whether the system has locks for files; a disk of it may have none all the same.
+HAS_LOCKS = importlib.util.find_spec("fcntl") is not None
+if HAS_LOCKS:
     import fcntl
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def file_lock(file: str | os.PathLike[str]) -> Iterator[None]:
 def refuse_held(folder: str | os.PathLike[str]) -> None:
     """Raise BadInputError where another process holds a folder now: to be told before hours go into tokens."""
     path = Path(folder) / ".lock"
-    if not _LOCKS or not path.exists():
+    if not HAS_LOCKS or not path.exists():
         return
     with contextlib.suppress(OSError):  # what cannot be opened is told when it is to be held
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
@@ -89,16 +89,21 @@ def refuse_held(folder: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def _held(path: Path, target: Path, instead: str) -> Iterator[None]:
-    if not _LOCKS:
+    if not HAS_LOCKS:
         yield
         return
-    descriptor = _acquired(path, target, instead)
+    try:
+        descriptor = _acquired(path, target, instead)
+    except BaseException:  # an interrupt as it was made
+        with contextlib.suppress(OSError):
+            _remove_free(path)
+        raise
     try:
         yield
     finally:
         if descriptor is not None:
             # Removed while it is held: one who has opened it meanwhile sees that it is gone, and makes another.
-            if _is(descriptor, path):
+            if is_at(descriptor, path):
                 with contextlib.suppress(OSError):
                     path.unlink()
             os.close(descriptor)
@@ -131,7 +136,7 @@ def _acquired(path: Path, target: Path, instead: str) -> int | None:
                 )
                 warnings.warn(what, RuntimeWarning, stacklevel=6)
                 return None
-            if _is(descriptor, path) and _told(descriptor, path):
+            if is_at(descriptor, path) and _told(descriptor, path):
                 stack.pop_all()
                 return descriptor
     raise BadInputError(f"{target} cannot be held: {path} goes again and again; choose {instead}")
@@ -146,7 +151,19 @@ def _opened(path: Path) -> int:
         return os.open(path, os.O_RDONLY | _FLAGS)
 
 
-def _is(descriptor: int, path: Path) -> bool:
+def _remove_free(path: Path) -> None:
+    """Remove the file of a lock that nobody holds. Raises OSError where one does, or there is none."""
+    descriptor = os.open(path, os.O_RDONLY | _FLAGS)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_at(descriptor, path):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still has this name."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     return False

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hopeprobe.analysis import analyze, chosen_probes
 from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.files import advice, append_whole
 from hopeprobe.results import Address, Results, nan_to_null
 from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens import TokenData, load_tokens
@@ -193,10 +194,12 @@ class Watching:
             line = json.dumps({"step": self.steps, **found}, allow_nan=False, ensure_ascii=False) + "\n"
             try:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
-                with self.log.open("a", encoding="utf-8") as file:
-                    file.write(line)
+                with self.log.open("ab", buffering=0) as file:
+                    append_whole(file, line.encode())
             except OSError as problem:
-                raise BadInputError(f"cannot write {self.log}: {problem.strerror or problem}") from None
+                raise BadInputError(
+                    f"cannot write {self.log}: {problem.strerror or problem}. {advice(problem)}"
+                ) from None
         return found
 
 

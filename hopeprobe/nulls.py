@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import uuid
 import warnings
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -30,6 +29,7 @@ from scipy.special import stdtrit
 from hopeprobe.errors import MeasurementError
 from hopeprobe.probes.base import Finding, NullValue, Place, Probe
 from hopeprobe.probes.measure import ESTIMATES, VALUES, Rows, measure, silent
+from hopeprobe.replacing import replacing
 from hopeprobe.results import SCHEMA_VERSION
 from hopeprobe.stats import Estimate, FreshInit, Verdict, paired_difference
 from hopeprobe.subject import MissingCapability, Subject
@@ -82,11 +82,10 @@ class NullCache:
         if path is None:
             return
         content = _canonical({"payload": payload, "sha256": _digest({"key": key, "payload": payload})})
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, path)
+            # Not waiting for the disk: what a cut of power leaves is found by its digest, and these are many.
+            with replacing(path, sync=False) as file:
+                file.write(content.encode())
         except OSError as error:
             warnings.warn(
                 f"nulls cannot be cached in {path.parent} ({error.strerror or error}); they are computed anew "
@@ -95,9 +94,6 @@ class NullCache:
                 stacklevel=2,
             )
             self.folder = None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ from typing import Any
 import numpy as np
 
 from hopeprobe.errors import BadInputError
-from hopeprobe.files import write_atomically
+from hopeprobe.files import append_whole, write_atomically
+from hopeprobe.locks import is_at
 
 _MEND = "mend it, or delete the file, and --resume goes on without what it held"
 
 
 class MetricsFile:
-    """`metrics.jsonl`, cut back to the step a run resumes from, then a line a step."""
+    """`metrics.jsonl`; entered, it is cut back to the step a run resumes from, then gets a line a step.
+
+    Raises BadInputError for a file that is no record of a run, before anything is written.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
-        kept = [line for at, line in self._lines() if at <= step] if step and self.path.exists() else []
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept).encode())
+        self.kept = [line for at, line in self._lines() if at <= step] if step and self.path.exists() else []
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         try:
@@ -39,23 +43,40 @@ class MetricsFile:
                 raise BadInputError(f"{self.path}, line {number}, {what}: {_MEND}") from None
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self.file = self.path.open("a", encoding="utf-8")
+        write_atomically(self.path, "".join(f"{line}\n" for line in self.kept).encode())
+        self.file = self.path.open("ab", buffering=0)
 
         def write(metrics: dict[str, Any]) -> None:
             plain = {
                 k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()
             }
-            try:
-                self.file.write(json.dumps(plain) + "\n")
-                self.file.flush()
-            except OSError as error:
-                raise BadInputError(
-                    f"cannot write {self.path}: {error.strerror or error}; the run stops here, its checkpoints are "
-                    "complete. Free some space and continue with --resume"
-                ) from None
+            with self._writing():
+                append_whole(self.file, json.dumps(plain).encode() + b"\n")
 
         return write
 
+    def sync(self) -> None:
+        """Wait until all lines are on the disk: a checkpoint is never there without those that lead to it.
+
+        Raises BadInputError where the file was removed or replaced by another.
+        """
+        if not is_at(self.file.fileno(), self.path):
+            raise BadInputError(
+                f"{self.path} was removed or replaced while the run wrote it: the run stops here. Leave its folder "
+                "alone, and --resume goes on from the last checkpoint that is there"
+            )
+        with self._writing():
+            os.fsync(self.file.fileno())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BadInputError(
+                f"cannot write {self.path}: {error.strerror or error}; the run stops here, its checkpoints are "
+                "complete. Free some space and continue with --resume"
+            ) from None
+
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of a line that was refused and said so already
-            self.file.close()
+        self.file.close()

@@ -22,6 +22,9 @@ from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.train_config import TrainConfig
 from hopeprobe.tokens import TokenData, TrainWindows, Unigram
 
+RECORD = "run.json"
+"""What a run is made of: the first of its files."""
+
 
 @dataclass
 class Run:
@@ -121,6 +124,8 @@ def resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, fol
             break
     else:
         if not run_checkpoints(folder):
+            if (folder / RECORD).is_file():  # killed before it had written its first
+                return fresh(model_config, config, data, folder)
             raise BadInputError(f"{folder} holds no run to resume; start one without --resume")
         return _restart(model_config, config, data, folder)
     _check_same(path, checkpoint, model_config, config, data)
@@ -200,4 +205,4 @@ def write_run_json(run: Run, windows: TrainWindows) -> None:
         "init_digest": run.init_digest,
         "first_batch": hashlib.sha256(windows.batch_at(0).astype("<i8").tobytes()).hexdigest(),
     }
-    write_atomically(run.folder / "run.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(run.folder / RECORD, (json.dumps(content, indent=2) + "\n").encode())

@@ -79,7 +79,9 @@ def _train(
     run = resumed(model_config, config, data, folder) if resume else fresh(model_config, config, data, folder)
     due = config.checkpoint_steps()
     metrics_file = MetricsFile(folder, run.step)
-    write_run_json(run, train_windows)
+    write_run_json(
+        run, train_windows
+    )  # the first that is written: where it is, the run goes on with `resume`
     if run.step == 0:
         run.checkpoint()
         for callback in callbacks:
@@ -100,6 +102,7 @@ def _train(
             if progress is not None:
                 progress(run.step, metrics)
             if run.step in due:
+                metrics_file.sync()
                 run.checkpoint()
                 for callback in callbacks:
                     callback(run)

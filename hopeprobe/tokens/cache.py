@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import struct
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hopeprobe.errors import BadInputError
+from hopeprobe.replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -172,30 +172,17 @@ def _replacing(path: Path) -> Iterator[Callable[[bytes], None]]:
 
     Only its own failures are told as such: what the block raises passes through.
     """
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    file: BinaryIO | None = None
-    try:
+    with contextlib.ExitStack() as undone:
         with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = opened = open(temporary, "xb")  # noqa: SIM115 - closed below, where its error can be told apart
+            file = undone.enter_context(replacing(path))
 
         def write(content: bytes) -> None:
             with _writing(path):
-                opened.write(content)
+                file.write(content)
 
         yield write
         with _writing(path):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            os.replace(temporary, path)
-    finally:
-        # Closing writes what is buffered, which fails again on a full disk; the first error is told.
-        with contextlib.suppress(OSError):
-            if file is not None:
-                file.close()
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            undone.pop_all().close()
 
 
 @contextlib.contextmanager

@@ -141,5 +141,9 @@ def checked_text(value: object, column: str, origin: str) -> str | None:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
+    except FileNotFoundError as error:  # it was there when it was named
+        raise BadInputError(
+            f"{path} cannot be read: it was removed meanwhile; put it back and start again"
+        ) from error
     except OSError as error:
         raise BadInputError(f"{path} cannot be read: {error.strerror or error}") from error

@@ -176,8 +176,8 @@ def load_tokens(
     cache answers.
 
     Documents of fewer than two tokens are dropped (`source["dropped"]` counts them). Raises BadInputError for
-    data that cannot be read (see `read_documents`), an unknown tokenizer, a text of fewer than two tokens,
-    and a cache folder that cannot be written.
+    data that cannot be read (see `read_documents`) or changes while it is, an unknown tokenizer, a text of fewer
+    than two tokens, and a cache folder that cannot be written.
     """
     check_tokenizer_name(tokenizer)
     if max_tokens is not None and max_tokens < 2:
@@ -187,16 +187,17 @@ def load_tokens(
     limit = max_tokens if max_tokens is not None else min(limits, default=None)
     name = _joined_name(sources)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    path = folder / f"{_cache_key(sources, tokenizer, limit)}.tokens"
+    keys = [source.key() for source in sources]
+    path = folder / f"{_cache_key(keys, tokenizer, limit)}.tokens"
 
     stored = _read_or_none(path)
     if stored is None:
-        _build(path, sources, name, tokenizer, limit, progress)
+        _build(path, sources, keys, name, tokenizer, limit, progress)
         stored = _read_or_none(path)
     if stored is None:
-        raise BadInputError(
-            f"the token cache {path} is not what was just written to it; is the disk failing?"
-        )
+        what = "is not what was just written to it; is the disk failing?"
+        gone = "was removed as soon as it was written; let nothing clear the folder, and start again"
+        raise BadInputError(f"the token cache {path} {what if path.exists() else gone}")
     return _token_data(name, stored, sources, tokenizer)
 
 
@@ -213,7 +214,13 @@ def _read_or_none(path: Path) -> Stored | None:
 
 
 def _build(
-    path: Path, sources: list[Source], name: str, tokenizer: str, limit: int | None, progress: Progress | None
+    path: Path,
+    sources: list[Source],
+    keys: list[str],
+    name: str,
+    tokenizer: str,
+    limit: int | None,
+    progress: Progress | None,
 ) -> None:
     footer: dict[str, Any] = {"dropped": 0}
     encode = load_tokenizer(tokenizer).encode
@@ -238,6 +245,12 @@ def _build(
                 break
         if n_documents == 0:
             raise BadInputError(f"{name}: {_TOO_SHORT}")
+        for source, key in zip(sources, keys, strict=True):
+            if source.key() != key:  # else what is read from now on would pass for what was read before
+                raise BadInputError(
+                    f"{source.name} changed while it was read, and its tokens are of no one text: nothing is kept. "
+                    "Start again when it is complete"
+                )
         footer["sources"] = [source.describe() for source in sources]
 
     write_cache(path, encoded(), tokenizer=tokenizer, footer=footer)
@@ -264,8 +277,8 @@ def _token_data(name: str, stored: Stored, sources: list[Source], tokenizer: str
     )
 
 
-def _cache_key(sources: list[Source], tokenizer: str, limit: int | None) -> str:
-    parts = [tokenizer, limit, [source.key() for source in sources]]
+def _cache_key(keys: list[str], tokenizer: str, limit: int | None) -> str:
+    parts = [tokenizer, limit, keys]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 

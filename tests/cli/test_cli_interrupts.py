@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -91,8 +92,7 @@ def check_interrupted(process, said, out, whole, command):
     assert left.keys() <= whole[command].keys(), "nothing hidden, nothing half written"
     new = {name for name, content in left.items() if content == whole[command][name]}
     assert {name for name, content in left.items() if content == b"old"} == left.keys() - new
-    hidden = [path for path in os.scandir(os.environ["HOPEPROBE_CACHE"]) if path.name.endswith(".tmp")]
-    assert hidden == []
+    assert list(Path(os.environ["HOPEPROBE_CACHE"]).rglob(".*")) == []
     return new
 
 

@@ -5,15 +5,16 @@ import errno
 import functools
 import os
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hopeprobe import files, nulls
+from hopeprobe import files, nulls, replacing
 from hopeprobe.errors import BadInputError
-from hopeprobe.files import check_places, write_atomically
+from hopeprobe.files import append_whole, check_places, write_atomically
 from hopeprobe.tokens import cache
 
 
@@ -31,12 +32,12 @@ def write_a_null(folder):
 
 
 def interrupted_at(instruction, module, write):
-    """Whether `write` came to its end before that many instructions of a module's code were done."""
-    done = 0
+    """Whether `write` came to its end before that many instructions of a module, and of `replacing`, were done."""
+    done, traced = 0, {module.__file__, replacing.__file__}
 
     def trace(frame, event, _):
         nonlocal done
-        if frame.f_code.co_filename != module.__file__:
+        if frame.f_code.co_filename not in traced:
             return None
         frame.f_trace_opcodes = True
         done += event == "opcode"
@@ -60,7 +61,8 @@ def interrupted_at(instruction, module, write):
     ("module", "write"), [(files, write_a_file), (cache, write_tokens), (nulls, write_a_null)]
 )
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the file that was open
-def test_an_interrupt_at_any_instruction_leaves_a_whole_file_or_none(tmp_path, module, write):
+def test_an_interrupt_at_any_instruction_leaves_a_whole_file_or_none(tmp_path, module, write, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of files, and none that must last
     write(tmp_path / "whole")
     (whole,) = (path for path in (tmp_path / "whole").rglob("*") if path.is_file())
     instruction, outcomes = 0, set()
@@ -98,10 +100,56 @@ def test_a_full_disk_while_it_is_written_leaves_nothing(tmp_path, monkeypatch):
             self.file.write(content[:3])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files, "open", Full, raising=False)
-    with pytest.raises(BadInputError, match=r"out.*No space left on device; nothing was left behind"):
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(replacing, "open", Full, raising=False)
+    said = r"out.*No space left on device; nothing half written was left behind\. Free some space, or choose another"
+    with pytest.raises(BadInputError, match=said):
         write_atomically(tmp_path / "out", b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_larger_than_may_be(tmp_path):
+    """The system's own limit, in a process of its own."""
+    (tmp_path / "out").write_bytes(b"old")
+    program = """
+import resource, sys
+from hopeprobe.errors import BadInputError
+from hopeprobe.files import write_atomically
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+try:
+    write_atomically(sys.argv[1], bytes(5000))
+except BadInputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "out"], capture_output=True, text=True)
+    assert (
+        "out (0.0 MiB): File too large; nothing half written was left behind. Raise the limit" in done.stdout
+    )
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out", b"old")]
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    write, room = os.write, 8
+
+    def full(descriptor, content):
+        nonlocal room
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = write(descriptor, content[: min(3, room)])  # a little at a time
+        room -= done
+        return done
+
+    monkeypatch.setattr(os, "write", full)
+    with (tmp_path / "log").open("ab", buffering=0) as file:
+        append_whole(file, b"1234\n")
+        with pytest.raises(OSError, match="No space"):
+            append_whole(file, b"5678\n")
+        assert (tmp_path / "log").read_bytes() == b"1234\n"
+        room = 100
+        append_whole(file, b"90\n")
+    assert (tmp_path / "log").read_bytes() == b"1234\n90\n"
 
 
 @pytest.fixture

@@ -128,6 +128,22 @@ def test_a_lock_whose_file_was_removed_is_no_lock(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", ["open", "flock", "pwrite"])
+def test_an_interrupt_as_it_is_taken_leaves_nothing(tmp_path, monkeypatch, call):
+    module = fcntl if call == "flock" else os
+    real = getattr(module, call)
+
+    def interrupted(*given):
+        monkeypatch.setattr(module, call, real)
+        real(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, call, interrupted)
+    with pytest.raises(KeyboardInterrupt), run_lock(tmp_path / "run"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_link_in_its_place_is_not_written_through(tmp_path):
     (tmp_path / "precious").write_text("old")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
@@ -177,7 +193,7 @@ def test_what_another_user_left_is_replaced(tmp_path, monkeypatch):
 
 
 def test_a_system_without_locks_holds_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "_LOCKS", False)
+    monkeypatch.setattr(locks, "HAS_LOCKS", False)
     with warnings.catch_warnings(), run_lock(tmp_path), file_lock(tmp_path / "file"):
         refuse_held(tmp_path)
         assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from hopeprobe.model import train as module
 from hopeprobe.model.checkpoint import read, run_checkpoints, save, step_path
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
-from hopeprobe.model.run import make_optimizer
+from hopeprobe.model.metrics import MetricsFile
+from hopeprobe.model.run import Run, make_optimizer
 from hopeprobe.model.train import TrainConfig, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
 
@@ -562,3 +564,46 @@ def test_one_process_a_folder(whole, tmp_path):
     with run_lock(whole), pytest.raises(BadInputError, match="in use"):
         run(whole, resume=True)
     assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_too(whole, tmp_path, monkeypatch):
+    def killed(self):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", killed)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    torch.manual_seed(0)
+    run(tmp_path, resume=True)
+    same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced", "the folder"])
+def test_a_record_that_goes_while_it_is_written_stops_the_run(tmp_path, what):
+    folder = tmp_path / "run"
+
+    def meddle(step, metrics):
+        if step == 3:
+            if what == "the folder":
+                shutil.rmtree(folder)
+            else:
+                (folder / "metrics.jsonl").unlink()
+            if what == "replaced":
+                (folder / "metrics.jsonl").touch()
+
+    with pytest.raises(BadInputError, match=r"metrics\.jsonl was removed or replaced while the run wrote it"):
+        run(folder, progress=meddle)
+    assert not step_path(folder, 4).exists()
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_that_they_lead_to(tmp_path, monkeypatch):
+    order = []
+    synced = MetricsFile.sync
+    monkeypatch.setattr(MetricsFile, "sync", lambda self: (order.append(len(lines(tmp_path))), synced(self)))
+    run(tmp_path, callbacks=(lambda run: order.append(f"checkpoint {run.step}"),))
+    assert order == [
+        "checkpoint 0",
+        *(each for step in (1, 2, 4, 5, 6) for each in (step, f"checkpoint {step}")),
+    ]

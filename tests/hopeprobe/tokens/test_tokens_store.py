@@ -6,20 +6,19 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hopeprobe import replacing
 from hopeprobe.errors import BadInputError
 from hopeprobe.tokens import TokenData, cache, load_tokenizer, load_tokens, store
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 DOCUMENTS = [f"Document number {i} says {'very ' * (i % 7)}little." for i in range(60)]
 
@@ -144,7 +143,7 @@ def test_a_full_disk_leaves_nothing_and_names_the_way_out(text: Path, kept: Path
     def opened(*args) -> FullDisk:
         return FullDisk(builtins.open(*args), room)
 
-    monkeypatch.setattr(cache, "open", opened, raising=False)
+    monkeypatch.setattr(replacing, "open", opened, raising=False)
     with pytest.raises(BadInputError, match=r"No space left on device.*HOPEPROBE_CACHE") as caught:
         load_tokens(text, cache_dir=kept)
     assert str(kept) in str(caught.value)
@@ -156,7 +155,7 @@ def test_a_disk_that_fails_at_the_end_leaves_nothing(text: Path, kept: Path, mon
     def fail(*args: object) -> None:
         raise OSError(errno.EDQUOT, "quota exceeded")
 
-    monkeypatch.setattr(cache.os, call, fail)
+    monkeypatch.setattr(replacing.os, call, fail)
     with pytest.raises(BadInputError, match="quota exceeded"):
         load_tokens(text, cache_dir=kept)
     assert list(kept.iterdir()) == []
@@ -170,6 +169,76 @@ def test_an_interruption_leaves_nothing_and_stays_itself(text: Path, kept: Path,
     with pytest.raises(interruption):
         load_tokens(text, cache_dir=kept, progress=interrupt)
     assert list(kept.iterdir()) == []
+
+
+def change(path: Path):
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"text": "one more document that came as it was read"}\n')
+
+
+def put_another_in_its_place(path: Path):
+    other = path.with_name("other")
+    other.write_text('{"text": "another text altogether"}\n', encoding="utf-8")
+    other.replace(path)
+
+
+@pytest.mark.parametrize(
+    ("meddle", "said"),
+    [
+        (change, "text.jsonl changed while it was read.*Start again when it is complete"),
+        (put_another_in_its_place, "text.jsonl changed while it was read"),
+        (Path.unlink, "text.jsonl cannot be read: it was removed meanwhile; put it back and start again"),
+    ],
+)
+def test_a_file_that_does_not_stay_as_it_was_is_not_kept_under_its_old_name(
+    text: Path, kept: Path, meddle, said
+):
+    def once(documents: int, tokens: int) -> None:
+        if documents == 1:
+            meddle(text)
+
+    with pytest.raises(BadInputError, match=said):
+        load_tokens(text, cache_dir=kept, progress=once)
+    assert list(kept.iterdir()) == []
+
+
+def test_a_file_that_vanishes_before_it_is_read(text: Path, kept: Path, monkeypatch):
+    from hopeprobe.tokens import store
+
+    def late(*given: object) -> None:
+        text.unlink()
+        build(*given)
+
+    build = store._build
+    monkeypatch.setattr(store, "_build", late)
+    with pytest.raises(BadInputError, match=r"text\.jsonl cannot be read: it was removed meanwhile"):
+        load_tokens(text, cache_dir=kept)
+
+
+def test_a_cache_folder_that_goes(text: Path, kept: Path, monkeypatch):
+    """While tokens are read they stay; while they are written, or as they are to be read, it is said."""
+    data = load_tokens(text, cache_dir=kept)
+    before = data.tokens.tolist()
+    shutil.rmtree(kept)
+    assert data.tokens.tolist() == before
+    assert load_tokens(text, cache_dir=kept).fingerprint == data.fingerprint
+
+    with pytest.raises(BadInputError, match=r"token cache .*cannot be written: No such file or directory"):
+        load_tokens(
+            text, cache_dir=kept / "other", progress=lambda *_: shutil.rmtree(kept, ignore_errors=True)
+        )
+
+    replace = os.replace
+
+    def gone_at_once(one: str, other: str) -> None:
+        replace(one, other)
+        shutil.rmtree(kept)
+
+    monkeypatch.setattr(os, "replace", gone_at_once)
+    with pytest.raises(
+        BadInputError, match="was removed as soon as it was written; let nothing clear the folder"
+    ):
+        load_tokens(text, cache_dir=kept)
 
 
 def test_a_cache_folder_that_is_a_file_is_explained(text: Path):
