@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hopeprobe.model.config import ModelConfig
+from hopeprobe.model.precision import Rounded, linear
 from hopeprobe.model.state import AttentionState
 
 
@@ -39,11 +40,17 @@ class Attention(nn.Module):
         empty = self.w_out.new_zeros(batch, heads, 0, self.config.dim // heads)
         return AttentionState(empty, empty)
 
-    def read(self, x: Tensor, state: AttentionState, position: int) -> tuple[Tensor, AttentionState]:
-        """(B, n, d) at positions position .. position + n - 1: the output, and the last `window` keys and values."""
+    def read(
+        self, x: Tensor, state: AttentionState, position: int, of: Rounded | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """(B, n, d) at positions position .. position + n - 1: the output, and the last `window` keys and values.
+
+        The state, and what turns its keys, is as wide as the weights are, whatever products are rounded `of`.
+        """
         batch, n, d = x.shape
         heads = self.config.heads
-        q, k, v = F.linear(x, self.w_qkv).view(batch, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
+        near = linear(x, self.w_qkv, None, of)
+        q, k, v = near.to(x.dtype).view(batch, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, position), rotate(k, position)
         k, v = torch.cat([state.k, k], dim=2), torch.cat([state.v, v], dim=2)
         past = k.shape[2] - n
@@ -51,8 +58,9 @@ class Attention(nn.Module):
         if past or n > self.window:
             ages = torch.arange(n, device=x.device)[:, None] + past - torch.arange(past + n, device=x.device)
             mask = (ages >= 0) & (ages < self.window)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        out = F.linear(mixed.transpose(1, 2).reshape(batch, n, d), self.w_out)
+        asked, shown, held = (t.to(near.dtype) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(asked, shown, held, attn_mask=mask, is_causal=mask is None)
+        out = linear(mixed.transpose(1, 2).reshape(batch, n, d), self.w_out, None, of)
         keep = max(0, k.shape[2] - self.window)
         return out, AttentionState(k[:, :, keep:], v[:, :, keep:])
 
@@ -68,6 +76,6 @@ class MLP(nn.Module):
         self.w_out = nn.Parameter(torch.empty(d, h))
         self.b_out = nn.Parameter(torch.empty(d))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, of: Rounded | None = None) -> Tensor:
         """(B, n, d) to (B, n, d)."""
-        return F.linear(F.gelu(F.linear(x, self.w_in, self.b_in)), self.w_out, self.b_out)
+        return linear(F.gelu(linear(x, self.w_in, self.b_in, of)), self.w_out, self.b_out, of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from hopeprobe.errors import BadInputError
@@ -12,6 +13,7 @@ from hopeprobe.model.attention import MLP, Attention
 from hopeprobe.model.cms import CMS, Level, Tap
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.memories import Generated, Weights
+from hopeprobe.model.precision import Rounded, rounded
 from hopeprobe.model.selfmod import SelfMod
 from hopeprobe.model.state import LayerState
 from hopeprobe.model.titans import Made, Titans
@@ -23,6 +25,13 @@ class ToWrite(NamedTuple):
     generated: Generated | None
     taps: list[Tap]
     titans: Made | None
+
+
+class Ready(NamedTuple):
+    """What a window makes of a block's weights once, for all its ticks."""
+
+    memories: tuple[Weights, ...] | None  # of self-modifying memories, stacked
+    rounded: Rounded | None  # those that no tick writes, where activations are rounded
 
 
 class Block(nn.Module):
@@ -65,6 +74,18 @@ class Block(nn.Module):
         """CMS levels that are written; all of them, or none."""
         return self.cms.level_list() if self.cms is not None and self.config.parts.levels else []
 
+    def ready(self, activations: torch.dtype | None) -> Ready:
+        """Prepare the weights for a window: stacked, and rounded to what its activations are."""
+        taken: list[nn.Parameter | None] = []
+        if activations is not None:
+            layers = [*(self.cms.level_list() if self.cms else ()), self.mlp]
+            taken = [w for one in layers if one for w in (one.w_in, one.b_in, one.w_out, one.b_out)]
+            attention = self.titans.attention if self.titans else self.attention
+            taken += [attention.w_qkv, attention.w_out] if attention else []
+            taken += [self.titans.w_q, self.titans.w_k, self.titans.w_v] if self.titans else []
+            taken += [self.selfmod.w_q] if self.selfmod else []
+        return Ready(self.selfmod.stacked() if self.selfmod else None, rounded(taken, activations))
+
     def init_state(self, batch: int) -> LayerState:
         """Fresh state of this block."""
         attention = self.titans.attention if self.titans else self.attention
@@ -78,7 +99,7 @@ class Block(nn.Module):
     def read(
         self,
         x: Tensor,
-        weights: tuple[Weights, ...] | None,
+        ready: Ready,
         state: LayerState,
         position: int,
         outer: bool = True,
@@ -91,27 +112,28 @@ class Block(nn.Module):
         x = self.hook_pre(x)
         normed = x if self.norm is None else self.norm(x)
         generated, titans, taps = None, None, list[Tap]()
+        weights, of = ready
         if self.selfmod is not None and weights is not None:
             if state.selfmod is None:
                 raise BadInputError(
                     "the state was made by another variant: it has no self-modifying memories"
                 )
-            mixed, generated = self.selfmod.read(normed, weights, state.selfmod, outer, late)
+            mixed, generated = self.selfmod.read(normed, weights, state.selfmod, outer, late, of)
         elif self.titans is not None:
             if state.titans is None:
                 raise BadInputError("the state was made by another variant: it has no Titans memory")
-            mixed, titans, seen = self.titans.read(normed, state.titans, state.attention, position, outer)
+            mixed, titans, seen = self.titans.read(normed, state.titans, state.attention, position, outer, of)
             state = state._replace(attention=seen)
         else:
             if state.attention is None:
                 raise BadInputError("the state was made by another variant: it has no attention cache")
-            mixed, cache = cast(Attention, self.attention).read(normed, state.attention, position)
+            mixed, cache = cast(Attention, self.attention).read(normed, state.attention, position, of)
             state = state._replace(attention=cache)
-        x = self.hook_mid(x + mixed if self.config.residual else mixed)
+        x = self.hook_mid(x + mixed if self.config.residual else mixed.to(x.dtype))
         if self.cms is not None:
-            x, taps = self.cms.read(x, state.cms)
+            x, taps = self.cms.read(x, state.cms, of)
         elif self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            x = x + self.mlp(self.mlp_norm(x), of)
         return self.hook_post(x), ToWrite(generated, taps, titans), state
 
     def assoc_surprise(self, made: ToWrite) -> Tensor:

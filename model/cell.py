@@ -80,6 +80,8 @@ class CellSpec:
         trained = dataclasses.asdict(self.train)
         for name in ("seed", "checkpoint_every", "eval_every", "eval_tokens"):
             del trained[name]
+        if trained["precision"] == TrainConfig.precision:
+            del trained["precision"]  # as records have it from before there was a choice
         text = {
             key: value for key, value in data.identity().items() if key != "source"
         }  # which is a path, as a rule
@@ -178,6 +180,7 @@ def run_cell(spec: CellSpec, data: TokenData, told: Told | None = None) -> dict[
             data,
             spec.folder,
             resume=bool(run_checkpoints(spec.folder)),
+            device="cpu",
             progress=None if told is None else lambda step, metrics: told(step, metrics["loss"]),
         )
         record |= _measured(spec, run, windows)

@@ -18,6 +18,7 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.config import CMSLevel, ModelConfig
+from hopeprobe.model.precision import Rounded, linear
 from hopeprobe.model.state import Change, LevelState, on_host
 
 
@@ -52,7 +53,8 @@ def _shown(point: HookPoint, meta: Tensor, change: Change) -> Change:
 
 
 def _plus(x: Tensor, y: Tensor | None) -> Tensor:
-    return x if y is None else x + y
+    """Their sum, rounded as x is."""
+    return x if y is None else (x + y).to(x.dtype)
 
 
 class Level(nn.Module):
@@ -96,14 +98,17 @@ class Level(nn.Module):
         empty = (self.w_in.new_zeros(batch, 0, width) for width in (h, d, d, h))
         return LevelState(Change.nothing(self.w_in, batch), Change.nothing(self.w_out, batch), *empty)
 
-    def read(self, x: Tensor, state: LevelState) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def read(
+        self, x: Tensor, state: LevelState, of: Rounded | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Read (B, C, d): the level's output, and pre-activation, delta, normalised input, activation for its tap."""
         x = self.hook_in(x)
         normed = self.norm(x)
         tappable = _tappable if self.written else _as_it_is
-        pre = tappable(_plus(F.linear(normed, self.w_in, self.b_in), state.change_in.times(normed)))
+        pre = tappable(_plus(linear(normed, self.w_in, self.b_in, of), state.change_in.times(normed)))
         hidden = F.gelu(pre)
-        delta = tappable(_plus(F.linear(hidden, self.w_out, self.b_out), state.change_out.times(hidden)))
+        written = state.change_out.times(hidden.to(normed.dtype))
+        delta = tappable(_plus(linear(hidden, self.w_out, self.b_out, of), written))
         return self.hook_out(x + self.hook_delta(delta)), pre, delta, normed, hidden
 
     def write(
@@ -121,7 +126,7 @@ class Level(nn.Module):
         `donated` says that nobody needs `state` any more: it may be overwritten; `skips` that no outer gradient will be
         taken: then only tokens that a gradient reached are applied, those before an open token and itself.
         """
-        fresh = (grad_pre, tap.input, grad_delta, tap.hidden)
+        fresh = tuple(t.to(self.w_in.dtype) for t in (grad_pre, tap.input, grad_delta, tap.hidden))
         held = (state.grad_hidden, state.input, state.grad_delta, state.hidden)
         factors = (
             fresh if held[0].shape[1] == 0 else tuple(torch.cat(p, 1) for p in zip(held, fresh, strict=True))
@@ -181,12 +186,14 @@ class CMS(nn.Module):
         """Levels in the order of the configuration."""
         return [level for level in self.levels.values() if isinstance(level, Level)]
 
-    def read(self, x: Tensor, states: tuple[LevelState, ...]) -> tuple[Tensor, list[Tap]]:
+    def read(
+        self, x: Tensor, states: tuple[LevelState, ...], of: Rounded | None = None
+    ) -> tuple[Tensor, list[Tap]]:
         """Read a tick (B, C, d): the output, and one tap a level."""
         taps, outs = [], []
         current = x
         for i, (level, state) in enumerate(zip(self.level_list(), states, strict=True)):
-            out, pre, delta, normed, hidden = level.read(current, state)
+            out, pre, delta, normed, hidden = level.read(current, state, of)
             if level.written:
                 taps.append(Tap(self.layer, i, pre, delta, normed.detach(), hidden.detach()))
             outs.append(out)

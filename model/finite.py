@@ -20,7 +20,7 @@ def first_not_finite(model: HopeModel, tokens: Tensor) -> str | None:
             found.append(hook.name)
 
     with model.hooks(fwd_hooks=[(lambda _: True, look)], allow_unfired=True):
-        model(tokens)
+        model(tokens.to(model.embed.device))
     if not found:
         return None
     parts = found[0].split(".")

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import Hooked, HookRegistry, HookSpec
-from hopeprobe.model.block import Block, ToWrite
+from hopeprobe.model.block import Block, Ready, ToWrite
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import Decision, Gate
 from hopeprobe.model.init import initialise
 from hopeprobe.model.inner import inner_gradients
 from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, gradients, score
-from hopeprobe.model.memories import Weights
 from hopeprobe.model.scores import Seen
 from hopeprobe.model.state import LayerState, State, detach_state, map_state, on_host
 from hopeprobe.model.thin import sealed
@@ -54,7 +53,7 @@ class _Gates(NamedTuple):
     levels: Tensor
 
 
-_Prepared = tuple[tuple[Weights, ...] | None, ...]
+_Prepared = tuple[Ready, ...]
 
 
 def _ours(state: State) -> State:
@@ -84,6 +83,9 @@ class HopeModel(Hooked, nn.Module):
         super().__init__()
         self.config = config
         self.seed = seed
+        self.activations: torch.dtype | None = None  # as the weights are; `precision.py` says what else
+        # Of a device's frequencies: whether they were there at this version, so that a window need not ask.
+        self._frequencies: tuple[Tensor, int, bool] | None = None
         registry = HookRegistry()
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))  # (V, d), tied to the head
         self.hook_embed = registry.add(
@@ -106,7 +108,8 @@ class HopeModel(Hooked, nn.Module):
             "unigram", torch.full((config.vocab_size,), torch.nan) if asked else None
         )  # nats
         self._register_hooks(registry)
-        self.to(dtype)
+        if dtype != self.embed.dtype:
+            self.to(dtype)
         if seed is not None:
             initialise(self, config, seed)
 
@@ -153,12 +156,19 @@ class HopeModel(Hooked, nn.Module):
             self.config, self.gate, self.unigram = before
 
     def _prepared(self) -> _Prepared:
-        if self.unigram is not None and not bool(self.unigram[:1].isfinite().all()):
+        if self.unigram is not None and not self._frequencies_known(self.unigram):
             raise BadInputError(
                 "the gate rule 'excess' needs token frequencies, which this model was not given: set_frequencies()"
             )
-        blocks = [self._block(i) for i in range(self.config.layers)]
-        return tuple(b.selfmod.stacked() if b.selfmod else None for b in blocks)
+        return tuple(self._block(i).ready(self.activations) for i in range(self.config.layers))
+
+    def _frequencies_known(self, unigram: Tensor) -> bool:
+        if on_host(unigram):
+            return bool(unigram[:1].isfinite().all())
+        held = self._frequencies
+        if held is None or held[0] is not unigram or held[1] != unigram._version:
+            held = self._frequencies = unigram, unigram._version, bool(unigram[:1].isfinite().all())
+        return held[2]
 
     # -- the primitive -------------------------------------------------------------------------------------------
 
@@ -173,7 +183,7 @@ class HopeModel(Hooked, nn.Module):
         Returns:
             (B, C) losses in nats, differentiable, and the state after the writes.
         """
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         if tokens.shape[1] != self.config.tick:
             raise BadInputError(
                 f"step takes a tick of {self.config.tick} tokens, not {tokens.shape[1]}; see feed()"
@@ -321,7 +331,7 @@ class HopeModel(Hooked, nn.Module):
         inner = inner_gradients(final, slopes(wanted), [m.taps for m in made], of_levels)
         out = []
         for i, layer in enumerate(layers):
-            selfmod, weights, generated = self._block(i).selfmod, prepared[i], made[i].generated
+            selfmod, weights, generated = self._block(i).selfmod, prepared[i].memories, made[i].generated
             if (
                 selfmod is not None
                 and layer.selfmod is not None
@@ -379,7 +389,7 @@ class HopeModel(Hooked, nn.Module):
         Returns:
             losses (B, T), differentiable; which are scored; the state after them.
         """
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         if tokens.shape[1] < 2:
             raise BadInputError("a window needs at least two tokens: the last is only a target")
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -412,7 +422,7 @@ class HopeModel(Hooked, nn.Module):
         Losses (B, m * C) appear for ticks that are complete and followed by a known token; the rest waits in
         `state.pending`. Any split of a stream into calls gives the same losses.
         """
-        self._check_tokens(tokens, minimum=0)
+        self.check_tokens(tokens, minimum=0)
         waiting = torch.cat([state.pending, tokens], dim=1)
         size = self.config.tick
         prepared, kept = self._prepared(), self._keeping(waiting)
@@ -451,15 +461,17 @@ class HopeModel(Hooked, nn.Module):
             x = self._block(i).read(x, prepared[i], state.layers[i], state.position)[0]
         return F.linear(self.norm(x), self.embed)
 
-    def _check_tokens(self, tokens: Tensor, minimum: int = 1) -> None:
+    def check_tokens(self, tokens: Tensor, minimum: int = 1) -> Tensor:
+        """The same tokens. Raises BadInputError for what are none; at values on a device the host does not look."""
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] < minimum:
             raise BadInputError(
                 f"tokens must be (batch, positions) integers, not {tuple(tokens.shape)} {tokens.dtype}"
             )
         if not on_host(tokens) or not tokens.numel():
-            return  # on a device the embedding itself refuses what it does not have
+            return tokens  # on a device the embedding itself refuses what it does not have
         if not (int(tokens.min()) >= 0 and int(tokens.max()) < self.config.vocab_size):
             raise BadInputError(
                 f"token ids range over {int(tokens.min())}..{int(tokens.max())}, the vocabulary over "
                 f"0..{self.config.vocab_size - 1}: is this another tokenizer's text?"
             )
+        return tokens

@@ -49,7 +49,8 @@ def inner_gradients(
         return out
     keep_graph = torch.is_grad_enabled()
     for i, (gate, sharers) in enumerate(open_gates):
-        with inner_backward(), rows_only():
+        # In this thread on a device too, whose backward would otherwise run in one that knows nothing of `rows_only`.
+        with inner_backward(), rows_only(), torch.autograd.set_multithreading_enabled(False):
             grads_found = torch.autograd.grad(
                 final,
                 [tensor for tap in sharers for tensor in (tap.pre, tap.delta)],

@@ -67,21 +67,23 @@ def gate_points(model: HopeModel) -> list[str]:
 def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> HeldOut:
     """Score windows, each from a fresh state; `frozen` closes every write gate."""
     total, lowest, count = 0.0, math.inf, 0
-    points, passed = gate_points(model), list[float]()
+    points, passed = gate_points(model), list[Tensor]()
+    device = model.embed.device
 
     def gather(gate: Tensor, hook: HookPoint) -> None:  # noqa: ARG001 - the signature of a hook
-        passed.append(float(gate.sum()))
+        passed.append(gate.sum())
 
     hooks: list[Any] = [(points, gather)] if points else []
     hooks += freeze_hooks(model) if frozen else []
     with model.hooks(fwd_hooks=hooks, allow_unfired=True):
         for batch in windows:
-            out = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.lengths))
-            losses = out.losses[out.scored]
+            tokens = model.check_tokens(torch.from_numpy(batch.tokens)).to(device)
+            out = model(tokens, torch.from_numpy(batch.lengths).to(device))
+            losses = out.losses.cpu()[out.scored.cpu()]
             total += float(losses.double().sum())
             lowest = min(lowest, float(losses.min()))
             count += len(losses)
-    share = math.fsum(passed) / (count * len(points)) if points else math.nan
+    share = math.fsum(torch.stack(passed).cpu().tolist()) / (count * len(points)) if points else math.nan
     return HeldOut(total / count, lowest, share)
 
 
@@ -107,14 +109,18 @@ class Watch:
         with self.model.hooks(fwd_hooks=[([*names, *gate_points(self.model)], gather)]):
             yield
 
-    def mean(self, key: str) -> float:
-        """Mean over ticks and layers."""
-        return float(torch.stack(self.sums[key]).mean()) if self.sums[key] else float("nan")
+    def mean(self, key: str) -> Tensor:
+        """Mean over ticks and layers, a scalar where the model is."""
+        return torch.stack(self.sums[key]).mean() if self.sums[key] else _none(self.model)
+
+
+def _none(model: HopeModel) -> Tensor:
+    return model.embed.detach().new_full((), math.nan)
 
 
 @torch.no_grad()
-def norm_ratio(model: HopeModel, state: State) -> float:
-    """Mean over layers and sequences of |theta_fast| / |theta_meta| of all memories' weights; NaN without any."""
+def norm_ratio(model: HopeModel, state: State) -> Tensor:
+    """Mean over layers and sequences of |theta_fast| / |theta_meta| of all memories' weights, a scalar; NaN without."""
     ratios = []
     for i, layer in enumerate(state.layers):
         titans = cast(Block, model.blocks[i]).titans
@@ -125,13 +131,13 @@ def norm_ratio(model: HopeModel, state: State) -> float:
         selfmod = cast(Block, model.blocks[i]).selfmod
         if selfmod is None or layer.selfmod is None:
             continue
-        fast, meta = 0.0 * model.embed.new_zeros(state.pending.shape[0]), 0.0 * model.embed.new_zeros(())
+        fast, meta = model.embed.new_zeros(state.pending.shape[0]), model.embed.new_zeros(())
         for weights, group in zip(selfmod.stacked(), layer.selfmod.groups, strict=True):
             if group is None:
                 continue
             for base, now in zip(weights, group, strict=True):
                 fast = fast + now.square().flatten(1).sum(1)
                 meta = meta + base.square().sum()
-        if meta > 0:
+        if any(group is not None for group in layer.selfmod.groups):
             ratios.append((fast / meta).sqrt().mean())
-    return float(torch.stack(ratios).mean()) if ratios else float("nan")
+    return torch.stack(ratios).mean() if ratios else _none(model)

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 
 import hopeprobe
+from hopeprobe.devices import device_name
 from hopeprobe.errors import BadInputError, DivergedError
 from hopeprobe.files import write_atomically
 from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, step_path
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
+from hopeprobe.model.optimizer import make_optimizer, recorded, restore
+from hopeprobe.model.precision import activation_dtype
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.train_config import TrainConfig
 from hopeprobe.tokens import TokenData, TrainWindows, Unigram
@@ -39,8 +42,12 @@ class Run:
     step: int = 0
 
     def subject(self) -> HopeSubject:
-        """A copy of the model as it is now, for probes; its own initial weights are the run's."""
+        """A copy of the model as it is now, for probes; its own initial weights are the run's.
+
+        It computes in float32, as a checkpoint that is opened does: both are measured with the same ruler.
+        """
         model = copy.deepcopy(self.model)
+        model.activations = None
         model.zero_grad(set_to_none=True)
         record = dataclasses.replace(self._record(full=False), weights=dict(model.state_dict()))
         found = HopeSubject(model, record)
@@ -67,7 +74,7 @@ class Run:
             tokenizer=self.data.tokenizer,
             data=self.data.identity(),
             train=dataclasses.asdict(self.config),
-            optimizer=self.optimizer.state_dict() if full else None,
+            optimizer=recorded(self.optimizer, self.config.rate(self.step)) if full else None,
             generators={"torch": torch.get_rng_state()} if full else None,
         )
 
@@ -79,38 +86,34 @@ def diverged(run: Run, step: int, what: str) -> DivergedError:
     return DivergedError(f"training stopped at step {step}: {what}. {kept}")
 
 
-def make_optimizer(model: HopeModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; decay on matrices only: vectors and scalars (norms, gate biases, biases) are left alone."""
-    named = list(model.named_parameters())
-    decayed = [p for _, p in named if p.ndim >= 2]
-    plain = [p for _, p in named if p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-    )
-
-
-def _made(model_config: ModelConfig, config: TrainConfig, data: TokenData) -> HopeModel:
+def _begun(
+    model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path, device: torch.device
+) -> Run:
+    """A run at step 0; its weights are made on the CPU wherever it is, so that a seed means the same."""
     model = HopeModel(model_config, config.seed)
     if model.unigram is not None:
         unigram = Unigram.fit(data.split_tokens("train"), model_config.vocab_size)
         model.set_frequencies(torch.from_numpy(unigram.surprisal))
-    return model
+    began = digest(model.state_dict().items())
+    model = model.to(device)
+    model.activations = activation_dtype(config.precision)
+    return Run(model, make_optimizer(model, config), config, data, folder, began)
 
 
-def fresh(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
+def fresh(
+    model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path, device: torch.device
+) -> Run:
     """Begin a run at step 0. Raises `BadInputError` where the folder holds one already."""
     if run_checkpoints(folder):
         raise BadInputError(
             f"{folder} holds a run already: continue it with --resume, or choose another --out"
         )
-    model = _made(model_config, config, data)
-    return Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
+    return _begun(model_config, config, data, folder, device)
 
 
-def resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
+def resumed(
+    model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path, device: torch.device
+) -> Run:
     """Find a run again at its last resumable checkpoint, or at step 0 where it has none.
 
     Raises `BadInputError` where there is none, where it was set otherwise, or where its last file is damaged.
@@ -125,18 +128,19 @@ def resumed(model_config: ModelConfig, config: TrainConfig, data: TokenData, fol
     else:
         if not run_checkpoints(folder):
             if (folder / RECORD).is_file():  # killed before it had written its first
-                return fresh(model_config, config, data, folder)
+                return fresh(model_config, config, data, folder, device)
             raise BadInputError(f"{folder} holds no run to resume; start one without --resume")
-        return _restart(model_config, config, data, folder)
+        return _restart(model_config, config, data, folder, device)
     _check_same(path, checkpoint, model_config, config, data)
     if checkpoint.step > config.steps:
         raise BadInputError(
             f"{folder} has gone {checkpoint.step} steps already, more than the {config.steps} asked for: take at "
             "least as many, or choose another --out"
         )
-    model = checkpoint.to_model()
+    model = checkpoint.to_model().to(device)
+    model.activations = activation_dtype(config.precision)
     optimizer = make_optimizer(model, config)
-    optimizer.load_state_dict(checkpoint.optimizer or {})
+    restore(optimizer, checkpoint.optimizer or {})
     if checkpoint.generators:
         torch.set_rng_state(checkpoint.generators["torch"])
     return Run(model, optimizer, config, data, folder, checkpoint.init_digest, checkpoint.step)
@@ -155,7 +159,9 @@ def _check_same(
         raise BadInputError(
             f"{path} was trained with another model configuration: {_difference(checkpoint, model_config)}. {instead}"
         )
-    before = {k: v for k, v in checkpoint.train.items() if k not in _MAY_CHANGE}
+    # What older versions did not write was as it is by default.
+    train = dataclasses.asdict(TrainConfig()) | checkpoint.train
+    before = {k: v for k, v in train.items() if k not in _MAY_CHANGE}
     now = {k: v for k, v in dataclasses.asdict(config).items() if k not in _MAY_CHANGE}
     if before != now:
         changed = [f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in now if before.get(k) != now[k]]
@@ -170,15 +176,16 @@ def _check_same(
         )
 
 
-def _restart(model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path) -> Run:
+def _restart(
+    model_config: ModelConfig, config: TrainConfig, data: TokenData, folder: Path, device: torch.device
+) -> Run:
     """A run killed before its first resumable checkpoint begins again, from the same step 0."""
     path = run_checkpoints(folder)[0]
     first = read(path)
     if first is None:
         raise BadInputError(f"{path} is not a checkpoint of a run; choose another --out")
     _check_same(path, first, model_config, config, data)
-    model = _made(model_config, config, data)
-    run = Run(model, make_optimizer(model, config), config, data, folder, digest(model.state_dict().items()))
+    run = _begun(model_config, config, data, folder, device)
     if first.init_digest != run.init_digest:
         raise BadInputError(f"{path} began from other initial weights than these; choose another --out")
     return run
@@ -195,6 +202,7 @@ def write_run_json(run: Run, windows: TrainWindows) -> None:
         "hopeprobe": hopeprobe.__version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "device": device_name(run.model.embed.device),
         "model": run.model.config.to_dict(),
         "train": dataclasses.asdict(run.config),
         "data": run.data.identity(),

@@ -86,7 +86,8 @@ def scored(rule: str, decay: float, seen: Seen, mean: Tensor, square: Tensor, po
     return Scored(slope * (s - m), slope, means[..., -1], squares[..., -1])
 
 
-@functools.lru_cache(maxsize=16)
+# Kept for good, here and below: a recorded step (`captured.py`) reads them where they lie.
+@functools.cache
 def _decays(decay: float, n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """decay^j for j = 0..n, and (n, n + 1): what s_i adds to the running sum ahead of token j."""
     steps = torch.arange(n + 1, dtype=dtype, device=device)
@@ -110,12 +111,12 @@ def hash_tick(chain: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return chains, chains[:, -1]
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _powers(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """a^(j + 1), (n,), and (n, n): the power that token i comes with in the chain at token j."""
     powers = [_signed(pow(_FACTOR, j, 2**64)) for j in range(n + 1)]
     mix = [[powers[j - i] if j >= i else 0 for j in range(n)] for i in range(n)]
-    return torch.tensor(powers[1:], device=device), torch.tensor(mix, device=device)
+    return torch.tensor(powers[1:]).to(device), torch.tensor(mix).to(device)
 
 
 def uniform(chains: Tensor, salt: int, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ from hopeprobe.model.memories import (
     read_group,
     repeated,
 )
+from hopeprobe.model.precision import Rounded, linear
 from hopeprobe.model.skip import packed, runs
 from hopeprobe.model.state import MemoryState, Pending, SelfModState, on_host
 from hopeprobe.model.thin import back_each, decay_and_write, times
@@ -150,6 +151,7 @@ class SelfMod(nn.Module):
         state: SelfModState,
         outer: bool = True,
         late: bool = False,
+        of: Rounded | None = None,
     ) -> tuple[Tensor, Generated]:
         """Read a tick (B, n, d): the layer's output (B, n, d), and what its memories generate for the write.
 
@@ -166,7 +168,10 @@ class SelfMod(nn.Module):
         )
         together = len(fast) == 1  # `memory` is the first of the group it writes with
         generators, at = fast[0], int(together)
-        q = answer(u, generators.w2, generators.w1, at) if self.w_q is None else u @ self.w_q.mT
+        if self.w_q is None:
+            q = answer(u, generators.w2, generators.w1, at)
+        else:
+            q = linear(u, self.w_q, None, of).to(u.dtype)
         q = self.hook_q(l2norm(q))
         out = answer(q, fast[-1].w2, fast[-1].w1, 0)
         out = self.hook_out(out)

@@ -39,7 +39,7 @@ class _Slot:
         self.whole: dict[int, Tensor] = {}  # (B, m, out, in), nobody else's
 
     def add(self, factors: _Factors) -> None:
-        if not getattr(_local, "rows_only", False):
+        if keeps_weights():
             self.factors.setdefault(torch._C._current_graph_task_id(), []).append(factors)
 
     def add_whole(self, grad: Tensor) -> None:
@@ -60,7 +60,7 @@ _local = threading.local()
 
 @contextmanager
 def rows_only() -> Iterator[None]:
-    """A gradient taken inside, of a CPU's tensors, is never one of weights: products keep nothing for those.
+    """A gradient taken inside, in the thread that takes it, is never one of weights: products keep nothing for those.
 
     Without it they would, for as long as the graph lives; it would count nowhere.
     """
@@ -69,6 +69,11 @@ def rows_only() -> Iterator[None]:
         yield
     finally:
         _local.rows_only = False
+
+
+def keeps_weights() -> bool:
+    """May a gradient that is being taken be one of weights."""
+    return not getattr(_local, "rows_only", False)
 
 
 def _slot(w: Tensor) -> _Slot | None:

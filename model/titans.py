@@ -28,6 +28,7 @@ from hopeprobe.hooks.points import Cadence
 from hopeprobe.model.attention import Attention
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.memories import Memory, convolved, l2norm, reattached
+from hopeprobe.model.precision import Rounded, linear
 from hopeprobe.model.skip import packed, runs
 from hopeprobe.model.state import AttentionState, TitansState, on_host
 from hopeprobe.model.write import gelu_backward
@@ -148,7 +149,13 @@ class Titans(nn.Module):
         return TitansState(w2, w1, s2, s1, self.conv.new_zeros(batch, self.config.conv_width - 1, d))
 
     def read(
-        self, x: Tensor, state: TitansState, seen: AttentionState | None, position: int, outer: bool = True
+        self,
+        x: Tensor,
+        state: TitansState,
+        seen: AttentionState | None,
+        position: int,
+        outer: bool = True,
+        of: Rounded | None = None,
     ) -> tuple[Tensor, Made, AttentionState | None]:
         """Read a tick (B, n, d): the output, what its write needs, and attention's next cache.
 
@@ -161,16 +168,16 @@ class Titans(nn.Module):
         w2, w1 = state.w2, state.w1
         if outer:
             w2, w1 = reattached(self.memory.w2, w2), reattached(self.memory.w1, w1)
-        out = _answer(self.hook_q(l2norm(u @ self.w_q.mT)), w2, w1)
+        out = _answer(self.hook_q(l2norm(linear(u, self.w_q, None, of).to(u.dtype))), w2, w1)
         if self.attention is not None:
             if seen is None:
                 raise ValueError("a Titans layer with attention reads with attention's cache")
-            mixed, seen = self.attention.read(x, seen, position)
+            mixed, seen = self.attention.read(x, seen, position, of)
             out = mixed * torch.sigmoid(self.norm(out))
         out = self.hook_out(out)
         with torch.set_grad_enabled(outer):
-            v = u @ self.w_v.mT
-            k = self.hook_k(l2norm(u @ self.w_k.mT))
+            v = linear(u, self.w_v, None, of).to(u.dtype)
+            k = self.hook_k(l2norm(linear(u, self.w_k, None, of).to(u.dtype)))
             v = self.hook_v(l2norm(v) if self.config.normalise_value else v)
             eta, momentum, alpha = F.linear(u, self.w_scalar).unbind(-1)
             made = Made(

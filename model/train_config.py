@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hopeprobe.errors import BadInputError
+from hopeprobe.model.precision import activation_dtype
 
 EARLY_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
 
@@ -27,6 +28,7 @@ class TrainConfig:
     checkpoint_every: int = 200
     eval_every: int = 100
     eval_tokens: int = 8192
+    precision: str = "float32"  # of activations, or bf16; `precision.py` says what stays float32 then
 
     def __post_init__(self) -> None:
         for name in (
@@ -43,6 +45,7 @@ class TrainConfig:
         for name in ("warmup", "seed", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise BadInputError(f"{name} is {getattr(self, name)!r}, must not be negative")
+        activation_dtype(self.precision)
 
     def rate(self, step: int) -> float:
         """Learning rate of the update that makes step `step` (1, 2, ...)."""

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from hopeprobe.errors import BadInputError
@@ -44,7 +45,9 @@ def graph_bytes(config: ModelConfig, batch: int) -> int:
     return int(4 * batch * config.layers * _ticks(config) * (memories + cms + 160 * d * config.tick))
 
 
-def _machine_bytes() -> int | None:
+def _machine_bytes(device: torch.device | None = None) -> int | None:
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):  # a system that does not say
@@ -59,18 +62,19 @@ def fitting(config: ModelConfig, batch: int) -> int:
     return min(_MANY, int(_SHARE * available / needed)) if needed else _MANY
 
 
-def check_memory(config: ModelConfig, batch: int) -> None:
+def check_memory(config: ModelConfig, batch: int, device: torch.device | None = None) -> None:
     """Raise `BadInputError` for what the machine cannot hold, with what it can: the system would kill it silently."""
-    available = _machine_bytes()
+    available = _machine_bytes(device)
     if available is None:
         return
     needed = graph_bytes(config, batch)
     if needed <= _SHARE * available:
         return
+    machine = "this device" if device is not None and device.type == "cuda" else "this machine"
     fitting = max(1, int(_ticks(config) * 0.5 * available / needed))
     raise BadInputError(
         f"a gradient through {_ticks(config)} ticks of {batch} windows keeps about {needed / 2**30:.0f} GiB of fast "
-        f"weights, this machine has {available / 2**30:.0f} GiB: cut it with --truncate-ticks {fitting}, or take a "
+        f"weights, {machine} has {available / 2**30:.0f} GiB: cut it with --truncate-ticks {fitting}, or take a "
         "smaller --batch"
     )
 

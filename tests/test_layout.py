@@ -16,6 +16,7 @@ ALLOWED = {
         "hopeprobe.subject",
         "hopeprobe.files",
         "hopeprobe.locks",
+        "hopeprobe.devices",
     },
     "cli": {"hopeprobe"},
 }
