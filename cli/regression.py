@@ -146,10 +146,7 @@ def _reading(made: Baseline) -> list[str]:
     if not made.of_seeds:
         expects = "the same numbers, and finds what differs by more than arithmetic in another order can"
         return [f"{what}, of one checkpoint on {where}: a check expects {expects}"]
-    expects = (
-        "another seed's, and raises a false alarm once in a hundred at most where seeds are spread normally"
-    )
-    found = [f"{what}, of {seeds} seeds on {where}: a check expects {expects}"]
+    found = [f"{what}, of {seeds} seeds on {where}: a check expects another seed's", made.tails]
     if made.unresolved:
         found.append(
             f"{len(made.unresolved)} of {n} tolerances are below the smallest change beyond them that {seeds} seeds "

@@ -96,9 +96,10 @@ class Mechanism:
 def as_text(found: Check) -> str:
     """The check in plain lines."""
     lines = [f"hopeprobe check: {found.summary}"]
-    for address, before, now, difference, interval, tolerance, outcome in found.lines():
+    for address, before, now, difference, interval, tolerance, finds, outcome in found.lines():
         lines.append(
-            f"  {address}: {before} -> {now}, {difference} {interval}, tolerance {tolerance}, {outcome}"
+            f"  {address}: {before} -> {now}, {difference} {interval}, tolerance {tolerance}, found from {finds}, "
+            f"{outcome}"
         )
     lines += [f"  not measured: {message}" for message in found.missing]
     lines += [f"  note: {note}" for note in found.notes]

@@ -11,6 +11,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.results import Address, nan_to_null
-from hopeprobe.stats.drift import Drift, between_seeds, on_same_tokens
+from hopeprobe.stats.drift import HEAVY, Drift, apart, between_seeds, on_same_tokens
 from hopeprobe.stats.verdict import Verdict
 from hopeprobe.subject import GateRule
 
@@ -32,6 +33,10 @@ SCHEMA_VERSION = 1
 _MAKES_ONE = "`hopeprobe baseline` makes one"
 DEAD = frozenset({Verdict.COLLAPSED, Verdict.DIVERGED, Verdict.NO_SIGNAL, Verdict.UNTRAINED})
 """Verdicts of what does not work: a number that keeps one is as it was, and no sign that a mechanism works."""
+_TELLING = 10  # seeds, of which heavy tails show in the baseline
+_FEW = (
+    "tails as heavy as those of Student's t of 3 degrees of freedom, which so few may not show, make it four"
+)
 
 
 @dataclass(frozen=True)
@@ -72,15 +77,11 @@ class Tracked:
     noise: float
     tolerance: float
 
-    def drift(self, values: Sequence[float], together: int) -> Drift:
-        """Difference of `values` to these, one of `together` that a check looks at."""
+    def drift(self, values: Sequence[float], together: int, heavy: bool = False) -> Drift:
+        """Difference of `values` to these, one of `together` that a check looks at; heavy: as in `between_seeds`."""
         if len(self.values) > 1:
-            return between_seeds(self.values, values, together, self.noise)
+            return between_seeds(self.values, values, together, self.noise, heavy)
         return on_same_tokens(self.values[0], values[0], self.noise)
-
-    def resolution(self, together: int) -> float:
-        """The smallest change that one more checkpoint can show beyond the tolerance, 95 times in a hundred."""
-        return self.drift(self.values[:1], together).resolution
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,40 @@ class Baseline:
         """Whether noise is between seeds; else the same weights are expected."""
         return len(self.checkpoints) > 1
 
+    @cached_property
+    def apart(self) -> tuple[tuple[Tracked, Mapping[str, Any]], ...]:
+        """Numbers with the checkpoint in which they lie further from the other seeds' than normal values do."""
+        found = apart([one.values for one in self.tracked], [one.noise for one in self.tracked])
+        return tuple((self.tracked[which], self.checkpoints[seed]) for which, seed in found)
+
+    def drift(self, one: Tracked, values: Sequence[float]) -> Drift:
+        """Difference of `values` to a number of this baseline, as one of all that a check looks at."""
+        return one.drift(values, len(self.tracked), heavy=bool(self.apart))
+
+    def found(self, one: Tracked, n: int = 1) -> float:
+        """The smallest change of a number that a check of `n` checkpoints finds 95 times in a hundred."""
+        return one.tolerance + self.drift(one, one.values[:1] * n).resolution
+
     @property
     def unresolved(self) -> tuple[Tracked, ...]:
         """Numbers whose tolerance is below the smallest change beyond it that can be shown."""
-        together = len(self.tracked)
-        return tuple(one for one in self.tracked if one.tolerance < one.resolution(together))
+        return tuple(one for one in self.tracked if 2 * one.tolerance < self.found(one))
+
+    @property
+    def tails(self) -> str:
+        """What false alarms rest on, in a sentence; empty for a baseline of one checkpoint."""
+        if not self.of_seeds:
+            return ""
+        if not self.apart:
+            few = "" if len(self.checkpoints) >= _TELLING else f"; {_FEW}"
+            return f"one check in a hundred raises a false alarm at most where seeds are spread normally{few}"
+        one, where = self.apart[0]
+        rest = f" ({len(self.apart)} of {len(self.tracked) * len(self.checkpoints)} values do)"
+        return (
+            f"{one.address} of seed {where.get('seed')} lies further from the other seeds' than normal spread "
+            f"allows{rest}: intervals take Student's t of at most {HEAVY} degrees of freedom, so that changes must be "
+            "larger to be found. If that run went wrong, make the baseline without it"
+        )
 
     @property
     def dead(self) -> str:
@@ -130,7 +160,6 @@ class Baseline:
 
         from hopeprobe.stats.drift import spread
 
-        together = len(self.tracked)
         frame: pd.DataFrame = pd.DataFrame(
             [
                 {
@@ -138,7 +167,7 @@ class Baseline:
                     "value": float(np.mean(one.values)),
                     "sd": spread(one.values) if self.of_seeds else math.nan,
                     "tolerance": one.tolerance,
-                    "found": one.tolerance + one.resolution(together),
+                    "found": self.found(one),
                     "unit": one.unit,
                     "verdict": ", ".join(dict.fromkeys(map(str, one.verdicts))),
                 }

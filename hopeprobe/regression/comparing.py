@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hopeprobe.stats.drift import Drift
     from hopeprobe.tokens import EvalWindows, TokenData
 
-COLUMNS = ("statistic", "baseline", "now", "difference", "interval", "tolerance", "outcome")
+COLUMNS = ("statistic", "baseline", "now", "difference", "interval", "tolerance", "finds", "outcome")
 
 
 class Outcome(str, Enum):
@@ -56,12 +56,14 @@ class Outcome(str, Enum):
 class Compared:
     """One number of a baseline beside what it is now.
 
-    values: one a checkpoint, NaN where there is none; drift: None where it is lost; why: in words.
+    values: one a checkpoint, NaN where there is none; drift: None where it is lost; found: the smallest change that is
+    found 95 times in a hundred; why: in words.
     """
 
     tracked: Tracked
     values: tuple[float, ...]
     drift: Drift | None
+    found: float
     outcome: Outcome
     why: str
 
@@ -141,6 +143,7 @@ class Check:
                 "low": math.nan if one.drift is None else one.drift.low,
                 "high": math.nan if one.drift is None else one.drift.high,
                 "tolerance": one.tracked.tolerance,
+                "found": one.found,
                 "unit": one.tracked.unit,
                 "outcome": str(one.outcome),
                 "why": one.why,
@@ -163,7 +166,7 @@ class Check:
         """Plain data: what `hopeprobe check --format json` prints."""
         return {
             "kind": "hopeprobe-check",
-            "schema_version": 1,
+            "schema_version": 2,
             "exit_code": self.exit_code,
             "summary": self.summary,
             "checkpoints": [dict(one) for one in self.checkpoints],
@@ -238,36 +241,39 @@ def check(
 
 def compare(baseline: Baseline, results: Results) -> Check:
     """Set results, measured on the baseline's tokens with its settings, against it."""
-    together, now = len(baseline.tracked), by_address(results)
+    now = by_address(results)
     described = results.checkpoints
     known = {one.address for one in baseline.tracked} | set(baseline.unmeasured)
+    compared = tuple(
+        _compared(baseline, one, now.get(one.address, []), len(described)) for one in baseline.tracked
+    )
+    moved = any(one.outcome is Outcome.MOVED for one in compared)
     return Check(
-        tuple(_compared(one, now.get(one.address, []), len(described), together) for one in baseline.tracked),
+        compared,
         tuple(a for a, rows in now.items() if a not in known and not math.isnan(rows[0].value)),
-        tuple(_notes(baseline, described)),
+        tuple(_notes(baseline, described, moved)),
         tuple(results.missing),
         baseline,
         tuple(described),
     )
 
 
-def _compared(one: Tracked, rows: Sequence[ResultRow], n: int, together: int) -> Compared:
+def _compared(baseline: Baseline, one: Tracked, rows: Sequence[ResultRow], n: int) -> Compared:
     """Set rows of `n` checkpoints against a number; one that some of them do not have is lost."""
-    values = tuple(row.value for row in rows)
+    values, found = tuple(row.value for row in rows), baseline.found(one, n)
     if len(rows) < n or any(map(math.isnan, values)):
         notes = "; ".join(dict.fromkeys(row.note for row in rows if math.isnan(row.value) and row.note))
         verdicts = ", ".join(dict.fromkeys(str(row.verdict) for row in rows if math.isnan(row.value)))
-        return Compared(
-            one, values, None, Outcome.LOST, ": ".join(filter(None, (verdicts, notes))) or "no such row"
-        )
-    drift = one.drift(values, together)
+        why = ": ".join(filter(None, (verdicts, notes))) or "no such row"
+        return Compared(one, values, None, found, Outcome.LOST, why)
+    drift = baseline.drift(one, values)
     fallen = [str(row.verdict) for row in rows if row.verdict in DEAD and row.verdict not in one.verdicts]
     if fallen:
         was = ", ".join(dict.fromkeys(map(str, one.verdicts)))
-        return Compared(one, values, drift, Outcome.MOVED, f"{fallen[0]}, in the baseline {was}")
+        return Compared(one, values, drift, found, Outcome.MOVED, f"{fallen[0]}, in the baseline {was}")
     if drift.beyond(one.tolerance):
-        return Compared(one, values, drift, Outcome.MOVED, "beyond the tolerance")
-    return Compared(one, values, drift, Outcome.SAME, "")
+        return Compared(one, values, drift, found, Outcome.MOVED, "beyond the tolerance")
+    return Compared(one, values, drift, found, Outcome.SAME, "")
 
 
 def cells(one: Compared) -> tuple[str, ...]:
@@ -280,6 +286,7 @@ def cells(one: Compared) -> tuple[str, ...]:
         NONE if drift is None else f"{drift.difference:+.3g}",
         NONE if drift is None else f"[{drift.low:+.3g}, {drift.high:+.3g}]",
         number(one.tracked.tolerance),
+        number(one.found),
         str(one.outcome) + (f": {one.why}" if one.why and one.why != "beyond the tolerance" else ""),
     )
 
@@ -319,7 +326,7 @@ def _other_tokens(why: str) -> BadInputError:
     )
 
 
-def _notes(baseline: Baseline, described: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _notes(baseline: Baseline, described: Sequence[Mapping[str, Any]], moved: bool) -> Iterator[str]:
     if baseline.dead:
         yield baseline.dead
     identities = {one.get("identity") for one in baseline.checkpoints}
@@ -339,6 +346,8 @@ def _notes(baseline: Baseline, described: Sequence[Mapping[str, Any]]) -> Iterat
                 f"{short} of {len(baseline.tracked)} tolerances are below what {len(baseline.checkpoints)} seeds "
                 "can show: changes of their size can go unseen"
             )
+        if moved or baseline.apart:
+            yield baseline.tails
     elif described[0].get("seed") != baseline.checkpoints[0].get("seed"):
         yield (
             "this is another training run than the baseline's, and a baseline of one checkpoint expects the same "

@@ -59,10 +59,11 @@ def github_annotations(check: Check) -> Iterator[str]:
 
 def described(one: Compared) -> str:
     """One sentence on what became of a number."""
-    _, before, now, difference, interval, tolerance, outcome = cells(one)
+    _, before, now, difference, interval, tolerance, finds, outcome = cells(one)
     if one.outcome is Outcome.LOST:
         return f"{before} in the baseline, now none: {one.why}"
-    return f"{before} in the baseline, now {now}: {difference} {interval}, tolerance {tolerance}; {outcome}"
+    limits = f"tolerance {tolerance}, found from {finds}"
+    return f"{before} in the baseline, now {now}: {difference} {interval}, {limits}; {outcome}"
 
 
 def _counted(name: str, found: list[Compared]) -> dict[str, str]:

@@ -89,7 +89,8 @@ def test_it_fails_with_what_moved_and_passes_what_did_not(
     loss["values"], loss["tolerance"] = [loss["values"][0] + 0.5], 0.25
     path.write_text(json.dumps(document))
     with pytest.raises(
-        pytest.fail.Exception, match=r"1 moved\n  surprise/mean_loss/live: .*tolerance 0.25, moved"
+        pytest.fail.Exception,
+        match=r"1 moved\n  surprise/mean_loss/live: .*tolerance 0.25, found from 0.2501, moved",
     ):
         Mechanism().check(checkpoint, path, toy_data)
     Mechanism(update=True).check(checkpoint, path, toy_data)

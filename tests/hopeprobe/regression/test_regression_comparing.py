@@ -129,6 +129,36 @@ def test_notes_say_what_a_reader_must_know(row, results):
     assert any("configuration" in note for note in compare(shaped, results([row("a", 1.0)])).notes)
 
 
+def test_each_number_says_what_would_be_found(row, results):
+    kept = baseline_of({"a": [1.0, 1.1, 0.9]}, seeds=3)
+    lone = compare(kept, results([row("a", 1.0, seed=9)]))
+    assert lone.table.found[0] == pytest.approx(0.1 + kept.tracked[0].drift((1.0,), 1).resolution)
+    (line,) = lone.lines(every=True)
+    assert float(line[-2]) == pytest.approx(lone.table.found[0], rel=1e-3)
+    two = compare(kept, results([row("a", 1.0, seed=9), row("a", 1.0, seed=10)]))
+    assert two.table.found[0] < lone.table.found[0], "the mean of two says more"
+    lost = compare(kept, results([row("b", 1.0, seed=9)]))
+    assert lost.table.found[0] == lone.table.found[0]
+
+
+def test_a_seed_that_lies_apart_is_named_and_widens_intervals(row, results):
+    near = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02]
+    plain = baseline_of({"a": near, "b": near}, seeds=6)
+    heavy = baseline_of({"a": near, "b": [*near[:-1], 40.0]}, seeds=6)
+    assert plain.apart == ()
+    assert "spread normally; tails as heavy" in plain.tails
+    ten = baseline_of({"a": near + near[:4]}, seeds=10)
+    assert ten.tails.endswith("where seeds are spread normally"), "ten seeds would show it"
+    assert heavy.tails.startswith("toy-probe/b/layer 0/a of seed 5 lies further from the other seeds'")
+    now = [row("a", 1.0, seed=9), row("b", 1.0, seed=9)]
+    assert not any("spread" in note for note in compare(plain, results(now)).notes), "nothing moved"
+    assert heavy.tails in compare(heavy, results(now)).notes
+    assert heavy.found(heavy.tracked[0]) > 1.3 * plain.found(plain.tracked[0])
+    moved = compare(plain, results([row("a", 100.0, seed=9), row("b", 1.0, seed=9)]))
+    assert plain.tails in moved.notes, "an alarm says how often it is a false one"
+    assert baseline_of({"a": 1.0}).tails == ""
+
+
 def test_plain_data_and_a_notebook(row, results):
     found = compare(baseline_of({"a": 1.0, "<b>": 1.0}), results([row("a", 2.0)]))
     document = found.to_dict()

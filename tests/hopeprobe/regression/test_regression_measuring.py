@@ -119,7 +119,9 @@ def test_a_file_says_what_was_written(given, row, results, tmp_path):
     assert again.unmeasured == made.unmeasured
     table = again.table
     assert table.statistic.tolist() == ["a", "exact"]
-    assert table.found[0] == pytest.approx(made.tracked[0].tolerance + made.tracked[0].resolution(2))
+    assert table.found[0] == pytest.approx(
+        made.tracked[0].tolerance + made.tracked[0].drift((1.0,), 2).resolution
+    )
 
 
 def test_a_tolerance_may_be_edited_by_hand(given, row, results, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from hopeprobe.stats.drift import ALARMS, between_seeds, critical, on_same_tokens, spread
+from hopeprobe.stats.drift import ALARMS, HEAVY, apart, between_seeds, critical, on_same_tokens, spread
 
 NUMBERS = st.floats(-1e3, 1e3, allow_nan=False).map(lambda x: round(x, 3))
 
@@ -70,6 +70,46 @@ def test_numbers_that_seeds_agree_on_raise_no_alarm_where_their_steps_are_known(
     assert alarms <= ALARMS + 3 * 0.0026
 
 
+@given(
+    st.integers(3, 8).flatmap(
+        lambda n: st.lists(st.lists(NUMBERS, min_size=n, max_size=n), min_size=1, max_size=4)
+    ),
+    st.sampled_from([0.0, 0.5]),
+)
+def test_apart_is_each_seed_against_the_others(values, noise):
+    """The same by the plain rule, at 20 % of baselines, wherever that is not a matter of rounding."""
+    found = set(apart(values, [noise] * len(values)))
+    together = len(values) * len(values[0])
+    for which, row in enumerate(values):
+        for seed, value in enumerate(row):
+            drift = between_seeds(row[:seed] + row[seed + 1 :], [value], together, noise)
+            df = len(row) - 2
+            half = (drift.high - drift.difference) * critical(df, together, 0.2) / critical(df, together)
+            if abs(abs(drift.difference) - half) > 1e-6 * (1 + half):
+                assert ((which, seed) in found) == (abs(drift.difference) > half)
+
+
+def test_a_seed_that_went_another_way_is_named():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(20, 6))
+    assert apart(values, [0.0] * 20) == []
+    values[7, 2] += 60
+    assert apart(values, [0.0] * 20) == [(7, 2)]
+    assert apart(values, [30.0] * 20) == [], "within its noise"
+    assert apart([[1.0, 5.0]], [0.0]) == [], "of two seeds nothing can be told"
+    assert apart([[1.0, 1.0, 1.0]], [0.0]) == []
+
+
+def test_heavy_tails_take_wider_intervals():
+    baseline = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0]
+    plain, heavy = (between_seeds(baseline, [2.0], 60, heavy=heavy) for heavy in (False, True))
+    ratio = critical(HEAVY, 60) / critical(5, 60)
+    np.testing.assert_allclose(heavy.high - heavy.difference, ratio * (plain.high - plain.difference))
+    assert heavy.resolution > 1.5 * plain.resolution
+    few = [between_seeds(baseline[:3], [2.0], 60, heavy=heavy) for heavy in (False, True)]
+    assert few[0] == few[1], "of few seeds t has fewer degrees of freedom already"
+
+
 def test_on_the_same_tokens_nothing_is_drawn():
     drift = on_same_tokens(2.0, 2.5, 0.125)
     assert (drift.difference, drift.low, drift.high, drift.resolution) == (0.5, 0.375, 0.625, 0.25)
@@ -104,14 +144,14 @@ def simulate(draw, n, together, runs, shift=0.0, tolerance=2.0, seed=0, noise=0.
     alarms = found = 0
     for _ in range(runs):
         values = draw(rng, (together, n + 1))
-        moved = []
+        heavy, moved = bool(apart(values[:, :n], [noise] * together)), []
         for i, row in enumerate(values):
             allowed = tolerance * spread(row[:n])
             new = row[n]
             if shift and i == 0:
-                stated = allowed + between_seeds(row[:n], row[:1], together, noise).resolution
+                stated = allowed + between_seeds(row[:n], row[:1], together, noise, heavy).resolution
                 new += shift * max(stated, 2 * allowed)
-            moved.append(between_seeds(row[:n], [new], together, noise).beyond(allowed))
+            moved.append(between_seeds(row[:n], [new], together, noise, heavy).beyond(allowed))
         alarms += any(moved)
         found += moved[0]
     return alarms / runs, found / runs
