@@ -51,13 +51,16 @@ def show_probes() -> None:
 
 
 def show_definitions(names: list[str]) -> None:
-    """Print what each of these probes measures. Raises BadInputError for one that there is not."""
+    """Print what each of these probes measures, with what it shares. Raises BadInputError for one that there is not."""
     from hopeprobe.probes import get_probe
+    from hopeprobe.probes.definitions import shared_definitions
 
     chosen = [get_probe(name) for name in names]
     screen = console()
     for i, probe in enumerate(chosen):
         say(screen, ("\n\n" if i else "") + f"{probe.name}\n{'-' * len(probe.name)}\n{probe.describe()}")
+        for file, text in shared_definitions(probe).items():
+            say(screen, f"\n`{file}`:\n\n{text}")
 
 
 def show_params() -> None:

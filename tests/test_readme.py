@@ -1,4 +1,7 @@
-"""The README, executed from top to bottom in an empty folder: every command and every snippet, in order."""
+"""README and guide, executed in an empty folder: the README from top to bottom, then each page of the guide by itself.
+
+Every command ends with status 0 and every snippet runs; a page needs nothing but what `hopeprobe demo` made.
+"""
 
 import json
 import re
@@ -19,8 +22,13 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks():
-    return BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+README = ROOT / "README.md"
+GUIDE = sorted((ROOT / "examples" / "guide").glob("*.md"))
+LINK = re.compile(r"\]\(([^)#]+)\)")
+
+
+def blocks(page=README):
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
 def test_make_targets_exist():
@@ -35,32 +43,42 @@ def test_make_targets_exist():
         assert {"demo": "hopeprobe demo", "test": "pytest"}[line.split()[1]] in planned.stdout
 
 
-def test_nothing_else_is_in_the_readme():
-    assert {kind for kind, _ in blocks()} == {"bash", "python"}
-    for kind, text in blocks():
-        assert kind == "python" or all(ln.startswith(("hopeprobe ", "make ")) for ln in text.splitlines())
+def test_nothing_else_is_in_the_pages():
+    assert len(GUIDE) > 5
+    for page in (README, *GUIDE):
+        for kind, text in blocks(page):
+            assert kind in ("bash", "python"), page
+            allowed = ("hopeprobe ", "make ") if page == README else ("hopeprobe ",)
+            assert kind == "python" or all(ln.startswith(allowed) for ln in text.splitlines()), page
 
 
-def prose():
-    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+def test_links_lead_somewhere_and_every_page_of_the_guide_is_linked():
+    for page in (README, *GUIDE):
+        for target in LINK.findall(page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page, target)
+    linked = {(ROOT / target).resolve() for target in LINK.findall(README.read_text(encoding="utf-8"))}
+    assert set(GUIDE) <= linked
+
+
+def test_the_readme_stays_a_front_page():
+    """Three ways of use, and where the rest is told."""
+    assert len(README.read_bytes()) < 11_000
+
+
+def prose(name="checks"):
+    return " ".join((ROOT / "examples" / "guide" / f"{name}.md").read_text(encoding="utf-8").split())
 
 
 def test_false_alarms_are_those_that_were_measured():
     """Of each pair in the docstring the second is at a tolerance of two standard deviations, the default."""
-    measured = " ".join(drift.__doc__.split())
-    for name, said in (
-        ("lognormal values (σ = 0.5) ", "{} of checks where values are lognormal (σ = 0.5)"),
-        ("Student's t of 3 degrees of freedom ", "{} where they are Student's t of 3 degrees of freedom"),
-    ):
-        pairs = re.search(re.escape(name) + r"((?:[\d.]+ % and [\d.]+ %(?:, )?){3})", measured)
-        three, five, ten = re.findall(r"and ([\d.]+ %)", pairs[1])
-        assert said.format(f"{three}, {five} and {ten}") in prose()
-    normal = re.search(r"at most ([\d.]+ % and [\d.]+ % of 3 .*? of 10)", measured)[1]
-    most = max(map(float, re.findall(r"([\d.]+) %", normal)))
-    assert (
-        "where nothing changed and seeds are spread normally, one check in a hundred raises an alarm "
-        f"(in simulated checks of sixty numbers {most} % at most)"
-    ) in prose()
+    measured = re.findall(
+        r"^    ([\w', .=σ()]+?)  +((?:[\d.]+, [\d.]+ % *){3,})$", drift.__doc__, re.MULTILINE
+    )
+    page = (ROOT / "examples" / "guide" / "checks.md").read_text(encoding="utf-8")
+    assert len(measured) == 4
+    for values, pairs in measured:
+        shares = " | ".join(f"{second} %" for _, second in re.findall(r"([\d.]+), ([\d.]+) %", pairs))
+        assert f"| {values} | {shares} |" in page
 
 
 def test_the_statuses_of_analyze_are_those_that_it_has():
@@ -72,15 +90,11 @@ def test_the_statuses_of_analyze_are_those_that_it_has():
     assert said[4] == "1"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_every_command_and_snippet(tmp_path):
-    """What the demo promises holds on the way: below the unigram model, norms in range, trained weights recognised."""
-    command = (
-        shlex.quote(sys.executable) + " -c 'import sys; from hopeprobe.cli import main; main(sys.argv[1:])'"
-    )
+def execute(page, folder):
+    """Run a page's commands, then its snippets as one script; gives seconds and output of each command."""
+    command = [sys.executable, "-c", "import sys; from hopeprobe.cli import main; main(sys.argv[1:])"]
     snippets, seconds, printed = [], {}, {}
-    for kind, text in blocks():
+    for kind, text in blocks(page):
         if kind == "python":
             snippets.append(text)
             continue
@@ -88,16 +102,28 @@ def test_every_command_and_snippet(tmp_path):
             if line.startswith("make "):
                 continue
             started = time.monotonic()
-            call = [*shlex.split(command), *shlex.split(line)[1:]]
-            done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, *shlex.split(line)[1:]], cwd=folder, capture_output=True, text=True
+            )
             seconds[line] = time.monotonic() - started
             printed[line] = done.stdout
-            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+            assert done.returncode == 0, f"{page.name}: {line}\n{done.stdout}\n{done.stderr}"
             assert done.stdout or "--output" in line, line
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(snippets)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", "\n".join(snippets)], cwd=folder, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, f"{page.name}: {done.stderr}"
+    assert done.stderr == "", f"{page.name}: {done.stderr}"
+    return seconds, printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_command_and_snippet(tmp_path):
+    """What the demo promises holds on the way: below the unigram model, norms in range, trained weights recognised."""
+    seconds, printed = execute(README, tmp_path)
+    for page in GUIDE:
+        seconds |= execute(page, tmp_path)[0]
     print({line: round(s) for line, s in seconds.items()})
 
     demo = tmp_path / "hopeprobe-demo"

@@ -1,4 +1,4 @@
-"""The example of a probe of one's own: short, right, told in the README as it is, and run as a reader would run it."""
+"""The example of a probe of one's own: short, right, told in the guide as it is, and run as a reader would run it."""
 
 import ast
 import dataclasses
@@ -79,13 +79,14 @@ def test_it_is_short():
     assert 25 < len(found) < 40
 
 
-def test_the_readme_tells_it_as_it_is():
-    source, readme = EXAMPLE.read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_guide_tells_it_as_it_is():
+    page = ROOT / "examples" / "guide" / "own-probe.md"
+    source, told = EXAMPLE.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
     classes = source[source.index("class LayerUpdate") : source.index("if __name__")].rstrip()
-    assert classes in readme
+    assert classes in told
     imports = source[source.index("import re") : source.index("class LayerUpdate")]
     for line in imports.split("\n"):
-        assert line in readme or line == "import sys"
+        assert line in told or line == "import sys"
 
 
 def test_its_numbers_are_those_of_a_plain_loop(example, subject, data, tmp_path):

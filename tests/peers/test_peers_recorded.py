@@ -17,6 +17,7 @@ from hopeprobe.study import inside
 from hopeprobe.study.published import INSIDE
 
 ROOT = Path(__file__).parents[2]
+GUIDE = ROOT / "examples" / "guide" / "checkpoints.md"
 
 
 @pytest.fixture(scope="module")
@@ -183,4 +184,4 @@ def test_the_adapter_is_installed_whole():
     assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py"))
     module, function = re.search(r'^nested-learning = "(\w+):(\w+)"$', text, re.MULTILINE).groups()
     assert f"\ndef {function}(path: Path)" in (folder / f"{module}.py").read_text(encoding="utf-8")
-    assert "pip install --no-deps examples/peers" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pip install --no-deps examples/peers" in GUIDE.read_text(encoding="utf-8")
