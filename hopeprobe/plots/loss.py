@@ -43,13 +43,14 @@ def draw_loss_curve(
     from .canvas import PALETTE, blank
 
     curves = (
-        ("loss", "training, live", 0, "-", ""),
-        ("held_out_live", "held-out, live", 1, "-", "o"),
-        ("held_out_frozen", "held-out, frozen (no writes)", 2, "--", "s"),
+        ("loss", "training, live", 0, "-", "", 0),
+        ("held_out_live", "held-out, live", 1, "-", "o", 4),
+        # Open and larger: it may lie on the point before.
+        ("held_out_frozen", "held-out, frozen (no writes)", 2, "--", "s", 8),
     )
     with blank(8.5, 5.2, scale=0.9) as figure:
         axes = figure.subplots()
-        for key, label, colour, style, marker in curves:
+        for key, label, colour, style, marker, size in curves:
             points = _points(records, key)
             if points:
                 axes.plot(
@@ -58,7 +59,8 @@ def draw_loss_curve(
                     color=PALETTE[colour],
                     linestyle=style,
                     marker=marker,
-                    markersize=4,
+                    markersize=size,
+                    markerfacecolor="none" if marker == "s" else PALETTE[colour],
                     linewidth=1.0 if key == "loss" else 1.8,
                     alpha=0.6 if key == "loss" else 1.0,
                 )
