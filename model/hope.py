@@ -21,7 +21,15 @@ from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.gate import Decision, Gate
 from hopeprobe.model.init import initialise
 from hopeprobe.model.inner import inner_gradients
-from hopeprobe.model.loss import KEPT_ELEMENTS, NO_TARGET, Kept, differentiable, gradients, score
+from hopeprobe.model.loss import (
+    FEW_ELEMENTS,
+    KEPT_ELEMENTS,
+    NO_TARGET,
+    Kept,
+    differentiable,
+    gradients,
+    score,
+)
 from hopeprobe.model.scores import Seen
 from hopeprobe.model.state import LayerState, State, detach_state, map_state, on_host
 from hopeprobe.model.thin import sealed
@@ -234,11 +242,8 @@ class HopeModel(Hooked, nn.Module):
                 layers.append(layer)
             final = self.norm(x)
         entropy: list[Tensor] | None = [] if self.gate.config.rule == "entropy-gap" else None
-        few = (
-            skips
-            and entropy is None
-            and not (inner and targets.numel() * self.config.vocab_size > KEPT_ELEMENTS)
-        )
+        most = KEPT_ELEMENTS if late else FEW_ELEMENTS
+        few = skips and entropy is None and not (inner and targets.numel() * self.config.vocab_size > most)
         kept = [] if few and inner else kept
         flat, grads = score(
             final.detach().flatten(0, 1), self.embed, targets.flatten(), kept, entropy, gradient=not few

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hopeprobe.model.state import on_host
+
 #: Logits held at once: 2^24 float32 numbers are 64 MiB.
 _BLOCK_ELEMENTS = 2**24
+#: Of logits that nobody keeps: as many at once as stay in a core's cache, of so many tokens.
+_CACHED_ELEMENTS = 2**18
+_CACHED_ROWS = 512
 #: Probabilities kept for the backward: up to 2^26 float32 numbers, 256 MiB; beyond, computed again.
 KEPT_ELEMENTS = 2**26
+#: Probabilities kept until the gates are known, for the gradients of open tokens alone: beyond that many, writing them
+#: to memory and reading them again costs more than the gradients of all tokens.
+FEW_ELEMENTS = 2**23
 
 #: Of a block of n rows: unnormalised probabilities (V, n) and their sums (n,).
 Kept = tuple[Tensor, Tensor]
@@ -25,8 +33,8 @@ Kept = tuple[Tensor, Tensor]
 NO_TARGET = -1
 
 
-def _blocks(n: int, vocabulary: int) -> list[slice]:
-    size = max(1, _BLOCK_ELEMENTS // vocabulary)
+def _blocks(n: int, vocabulary: int, cached: bool = False) -> list[slice]:
+    size = _CACHED_ROWS if cached else max(1, _BLOCK_ELEMENTS // vocabulary)
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
@@ -40,6 +48,31 @@ def _exponentials(hidden: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor
     top = logits.amax(0)
     weights = logits.sub_(top).exp_()
     return weights, weights.sum(0), top
+
+
+def _through_cache(hidden: Tensor, table: Tensor, wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums and maxima (n,) as of `_exponentials`, and softmax(E h) E (n, d) where `wanted`, else (0, d).
+
+    The vocabulary comes in blocks: each is used up while it is in the cache, and what was summed is scaled to a new
+    maximum. Of 512 tokens, d = 64, that takes 0.4 of the time of passes over all logits; of 64 tokens about the same.
+    """
+    n, vocabulary = len(hidden), len(table)
+    size = max(1, _CACHED_ELEMENTS // n)
+    top = hidden.new_full((n,), torch.finfo(hidden.dtype).min)
+    norm = torch.zeros_like(top)
+    mean = hidden.new_zeros(hidden.shape[1], n if wanted else 0)
+    room = hidden.new_empty(min(size, vocabulary), n)
+    for start in range(0, vocabulary, size):
+        block = table[start : start + size]
+        logits = torch.mm(block, hidden.mT, out=room[: len(block)])
+        higher = torch.maximum(top, logits.amax(0))
+        shrink = (top - higher).exp_()
+        weights = logits.sub_(higher).exp_()
+        norm.mul_(shrink).add_(weights.sum(0))
+        if wanted:
+            mean.mul_(shrink).addmm_(block.mT, weights)
+        top = higher
+    return norm, top, mean.mT / (norm if wanted else norm[:0])[:, None]
 
 
 @torch.no_grad()
@@ -68,21 +101,25 @@ def score(
     """
     losses = hidden.new_empty(hidden.shape[0])
     grads = torch.empty_like(hidden if gradient else hidden[:0])
-    for rows in _blocks(hidden.shape[0], table.shape[0]):
+    asked = gradient or entropy is not None
+    cached = kept is None and on_host(hidden)
+    for rows in _blocks(hidden.shape[0], table.shape[0], cached):
         scored = target[rows] >= 0
         index = target[rows].clamp_min(0)
-        weights, norm, top = _exponentials(hidden[rows], table)
+        if cached:
+            norm, top, expected = _through_cache(hidden[rows], table, asked)
+        else:
+            weights, norm, top = _exponentials(hidden[rows], table)
+            expected = (table.mT @ weights).mT / norm[:, None] if asked else hidden[:0]
+            if kept is not None:
+                kept.append((weights, norm))
         picked = (hidden[rows] * table[index]).sum(-1)
         losses[rows] = torch.where(scored, norm.log() + top - picked, 0.0)
-        if gradient or entropy is not None:
-            expected = (table.mT @ weights).mT / norm[:, None]
-            if gradient:
-                grads[rows] = torch.where(scored[:, None], expected - table[index], 0.0)
-            if entropy is not None:
-                # -sum_v p_v (E_v h - log Z) = log Z - h sum_v p_v E_v: from the mean embedding.
-                entropy.append(norm.log() + top - (hidden[rows] * expected).sum(-1))
-        if kept is not None:
-            kept.append((weights, norm))
+        if gradient:
+            grads[rows] = torch.where(scored[:, None], expected - table[index], 0.0)
+        if entropy is not None:
+            # -sum_v p_v (E_v h - log Z) = log Z - h sum_v p_v E_v: from the mean embedding.
+            entropy.append(norm.log() + top - (hidden[rows] * expected).sum(-1))
     return losses, grads
 
 

@@ -49,6 +49,10 @@ def test_against_torch_across_blocks_of_rows(n, seed, keep, elements, data):
     inputs = drawn(n, seed, missing)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK_ELEMENTS", elements)
+        patch.setattr(
+            module, "_CACHED_ELEMENTS", data.draw(st.sampled_from([1, 3 * n, 10 * n, V * n, 2**18]))
+        )
+        patch.setattr(module, "_CACHED_ROWS", data.draw(st.sampled_from([1, 3, 512])))
         got = got_of(*inputs, keep)
     for mine, theirs in zip(got, expected_of(*inputs), strict=True):
         assert (mine - theirs).abs().max() <= 1e-12 * max(1.0, float(theirs.abs().max()))
