@@ -12,6 +12,7 @@ from typing import Any
 
 from hopeprobe.analysis import analyze
 from hopeprobe.cli.terminal import Report
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, HopeprobeError
 from hopeprobe.files import write_atomically
 from hopeprobe.model.cell import CellSpec
@@ -128,7 +129,7 @@ def _kept(file: Path, data: TokenData, tokens: int) -> Results | None:
     """Results kept of one probe and checkpoint, if of this text, as many tokens, these weights and this code."""
     name, _, step = file.stem.rpartition("-step-")
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = parse_json(read_document(file))
         identity = _identity(file.parent.parent / f"step-{step}.pt", name, data, tokens)
         return Results.from_json(json.dumps(document)) if document.pop("identity") == identity else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, BadInputError):

@@ -111,7 +111,7 @@ def run_ablation(
             ran = run_grid(specs, data, options.workers or workers_for(specs), report)
             if not ran.records:
                 raise MeasurementError("no cell could be run: " + "; ".join(ran.failures))
-            grid = grid_of(known_cells(options.out, specs[0].shared(data)))
+            grid = grid_of(known_cells(options.out, specs[0].shared(data)), options.out)
             written = [grid.write(options.out), *write_tables(grid, options.out)]
             failures = list(ran.failures)
             if probing is not None:
@@ -138,8 +138,20 @@ def _absolute(source: str) -> str:
     return source if named or not os.path.exists(source) else str(Path(source).resolve())
 
 
-def grid_of(records: Sequence[dict[str, Any]]) -> Grid:
-    """The record of a grid from those of its cells."""
+def grid_of(records: Sequence[dict[str, Any]], folder: Path) -> Grid:
+    """The record of a grid from those of its cells. Raises BadInputError for one that was changed."""
+    try:
+        return _grid_of(records)
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"one of them does not have what a cell has ({type(error).__name__}: {error})"
+    except BadInputError as error:
+        what = str(error)
+    raise BadInputError(
+        f"records of cells, {folder / '*' / 'seed-*' / 'cell.json'}, are not of a grid: {what}"
+    )
+
+
+def _grid_of(records: Sequence[dict[str, Any]]) -> Grid:
     known = [each.name for each in dataclasses.fields(Cell)]
     shared = records[0]["shared"]
     evaluation = {**records[0]["evaluation"], "epochs": records[0]["epochs"]}

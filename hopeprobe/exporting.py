@@ -31,11 +31,12 @@ _MOST_ROWS = 20_000_000
 def export_weights(subject: Subject, path: str | os.PathLike[str]) -> Path:
     """Write all weights as safetensors, bit for bit; its metadata tell step, seed, tokenizer and configuration.
 
+    Of a model of ours they tell all that a checkpoint does but what training goes on from: `hopeprobe.load` reads it.
     Raises BadInputError where the file cannot be written, MissingCapability for a model that names no weights.
     """
     import torch
-    from safetensors.torch import save
 
+    from hopeprobe.safetensors_files import as_bytes
     from hopeprobe.subject import MissingCapability
 
     module: Any = subject.module
@@ -47,6 +48,10 @@ def export_weights(subject: Subject, path: str | os.PathLike[str]) -> Path:
         identity = json.dumps(subject.identity(), sort_keys=True, default=str)
     except MissingCapability:
         identity = ""
+    try:
+        checkpoint = json.dumps(subject.portable(), sort_keys=True)
+    except MissingCapability:
+        checkpoint = ""
     told = {
         "format": "pt",
         "name": subject.name,
@@ -54,10 +59,11 @@ def export_weights(subject: Subject, path: str | os.PathLike[str]) -> Path:
         "step": "" if subject.trained_steps is None else str(subject.trained_steps),
         "seed": "" if subject.seed is None else str(subject.seed),
         "identity": identity,
+        "checkpoint": checkpoint,
     }
     # Each its own copy: safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
-    return write_atomically(path, save(tensors, metadata=told))
+    return write_atomically(path, as_bytes(tensors, told))
 
 
 def export_activations(cache: ActivationCache, path: str | os.PathLike[str]) -> Path:

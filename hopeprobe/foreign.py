@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 _NESTED_LEARNING = {"model", "optimizer", "step", "config"}
 
@@ -27,16 +26,12 @@ def is_nested_learning(content: object) -> bool:
 
 def content_of(path: Path) -> object:
     """What a torch file of plain tensors and data holds; None where it is damaged, holds code, or is no such file."""
-    import pickle
-    import warnings
-
-    import torch
+    from hopeprobe.errors import BadInputError
+    from hopeprobe.torch_files import read_torch
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the formats that foreign files come in
-            return cast(object, torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        return read_torch(path, mapped=True)
+    except BadInputError:
         return None
 
 

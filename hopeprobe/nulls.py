@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import MeasurementError
 from hopeprobe.probes.base import Finding, NullValue, Place, Probe
 from hopeprobe.probes.measure import ESTIMATES, VALUES, Rows, measure, silent
 from hopeprobe.replacing import replacing
 from hopeprobe.results import SCHEMA_VERSION
-from hopeprobe.stats import Estimate, FreshInit, Verdict, paired_difference
+from hopeprobe.stats import GROUPS, Estimate, FreshInit, Verdict, paired_difference
 from hopeprobe.subject import MissingCapability, Subject
 from hopeprobe.tokens.cache import default_cache_dir
 
@@ -69,7 +70,7 @@ class NullCache:
         if path is None:
             return None
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = parse_json(read_document(path), special=True)
             payload = document["payload"]
             sound = document["sha256"] == _digest({"key": key, "payload": payload})
         except (OSError, ValueError, KeyError, TypeError):
@@ -382,14 +383,22 @@ def _plain(value: float | Estimate) -> Any:
 def _decode(payload: Any) -> dict[RowKey, Any] | None:
     if payload is None:
         return None
-    return {(condition, Place(*place)): _restored(value) for condition, place, value in payload}
+    try:
+        return {(condition, Place(*place)): _restored(value) for condition, place, value in payload}
+    except (TypeError, ValueError, AttributeError):
+        return None  # of another shape than is written: computed again
 
 
 def _restored(value: Any) -> float | Estimate:
     if not isinstance(value, dict):
         return float(value)
-    plain: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in value.items()}
-    return Estimate(**plain)
+    plain: dict[str, Any] = {
+        k: np.array(v, dtype=np.float64) if isinstance(v, list) else v for k, v in value.items()
+    }
+    found = Estimate(**plain)
+    if not found.influence.shape == found.weights.shape == (GROUPS,):
+        raise ValueError("the influences are not those of the groups")
+    return found
 
 
 def _canonical(value: Any) -> str:

@@ -7,7 +7,6 @@ null.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import operator
@@ -19,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.stats.verdict import CLAIMS, Verdict
@@ -308,8 +308,8 @@ class Results:
     def from_json(cls, text: str) -> Results:
         """Read what `to_json` wrote. Raises BadInputError for anything else, an unknown column included."""
         try:
-            document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            document = parse_json(text)
+        except ValueError as error:
             raise BadInputError(f"not a results document: {error}") from error
         if not isinstance(document, dict) or document.get("schema_version") not in _READABLE:
             known = " or ".join(map(str, _READABLE))
@@ -333,11 +333,13 @@ class Results:
     def read_json(cls, path: str | os.PathLike[str]) -> Results:
         """Read what `write_json` or `hopeprobe analyze --format json` wrote. Raises BadInputError naming the file."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(read_document(path))
         except OSError as error:
             raise BadInputError(f"cannot read {path}: {error.strerror or error}") from None
         except UnicodeDecodeError:
             raise BadInputError(f"{path} is no text, and so no results") from None
+        except ValueError as error:
+            raise BadInputError(f"{path} is no results document: {error}") from None
         except BadInputError as error:
             raise BadInputError(f"{path}: {error}; `hopeprobe analyze --format json` writes one") from None
 
@@ -369,11 +371,8 @@ def joined(several: Sequence[Results]) -> Results:
     first, *others = several
     if not others:
         return first
-    checkpoints: list[Any] = []
-    for one in several:
-        for checkpoint in one.checkpoints:
-            if checkpoint not in checkpoints:
-                checkpoints.append(checkpoint)
+    each = (checkpoint for one in several for checkpoint in one.checkpoints)
+    checkpoints = list({json.dumps(one, sort_keys=True, default=str): one for one in each}.values())
     check_names(checkpoints)
     data = {k: v for k, v in first.data.items() if all(other.data.get(k) == v for other in others)}
     versions = {
@@ -395,14 +394,17 @@ def check_names(described: Iterable[Mapping[str, Any]]) -> None:
 
     described: what results record of checkpoints; what a description leaves out is not compared.
     """
-    named = [one for one in described if one.get("name") is not None]
-    for one, other in itertools.combinations(named, 2):
-        differs = any(one[key] != other[key] for key in _WHICH if key in one and key in other)
-        if one["name"] == other["name"] and differs:
-            raise BadInputError(
-                f"{one['name']} is the name of two checkpoints, {_told(one)} and {_told(other)}: give both checkpoints "
-                "to one `hopeprobe analyze` or `report`, which tells their names apart, or report each by itself"
-            )
+    named: dict[str, list[Mapping[str, Any]]] = {}
+    for one in described:
+        for other in named.get(str(one.get("name")), ()):
+            if any(one[key] != other[key] for key in _WHICH if key in one and key in other):
+                raise BadInputError(
+                    f"{one['name']} is the name of two checkpoints, {_told(other)} and {_told(one)}: give both "
+                    "checkpoints to one `hopeprobe analyze` or `report`, which tells their names apart, or report each "
+                    "by itself"
+                )
+        if one.get("name") is not None:
+            named.setdefault(str(one["name"]), []).append(one)
 
 
 def _told(described: Mapping[str, Any]) -> str:
@@ -445,7 +447,10 @@ def _row(kind: type[_Row], record: Mapping[str, Any]) -> _Row:
     }
     for name in _TEXTS:
         if not isinstance(values.get(name, ""), str):
-            raise BadInputError(f"column {name!r} holds {values[name]!r}, which is no text")
+            raise BadInputError(f"column {name!r} holds {values[name]!r:.60}, which is no text")
+    for name in (*_INTEGERS, *_FLOATS):
+        if isinstance(values.get(name), str | bool):
+            raise BadInputError(f"column {name!r} holds {values[name]!r:.60}, which is no number")
     return kind(**values)
 
 

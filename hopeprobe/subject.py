@@ -212,6 +212,10 @@ class Subject:
         """
         raise self._missing("training record")
 
+    def portable(self) -> Mapping[str, Any]:
+        """Plain data from which, with the weights, its loader makes this subject again: what an exported file says."""
+        raise self._missing("description that a loader could make it from")
+
 
 def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) -> Subject:  # noqa: A002
     """Open a checkpoint: through a map if there is one, else with the first registered loader that knows its kind.

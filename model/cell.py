@@ -24,12 +24,14 @@ from typing import Any
 import torch
 
 import hopeprobe
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, DivergedError, HopeprobeError
 from hopeprobe.files import write_atomically
 from hopeprobe.model.checkpoint import run_checkpoints
 from hopeprobe.model.config import PRESETS, ModelConfig, from_dict
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
+from hopeprobe.model.metrics import read_metrics
 from hopeprobe.model.train import Run, TrainConfig, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, load_tokens
 
@@ -145,7 +147,7 @@ def read_record(spec: CellSpec, data: TokenData) -> dict[str, Any] | None:
     """The record of a cell that is done as `spec` asks, else None; BadInputError for a file that cannot be read."""
     path = spec.folder / RECORD
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse_json(read_document(path))
         return content if content["identity"] == spec.identity(data) else None
     except FileNotFoundError:
         return None
@@ -233,7 +235,7 @@ def _of_run(spec: CellSpec, data: TokenData) -> dict[str, Any]:
     lines = _lines(spec.folder)
     per_step = spec.train.batch * spec.model.context
     last = [line["loss"] for line in lines[-max(1, spec.train.steps // 10) :] if line["loss"] is not None]
-    began = json.loads((spec.folder / "run.json").read_text(encoding="utf-8"))
+    began = _began(spec.folder / "run.json")
     return {
         "train_loss": math.fsum(last) / len(last) if last else None,
         "train_s": math.fsum(per_step / line["tokens_per_s"] for line in lines),
@@ -241,6 +243,16 @@ def _of_run(spec: CellSpec, data: TokenData) -> dict[str, Any]:
         "epochs": TrainWindows(data, spec.model.context, spec.train.batch, 0).epochs(spec.train.steps),
         "first_batch": began["first_batch"],
     }
+
+
+def _began(path: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(read_document(path))
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} is not the description of a run ({error})") from None
+    if not isinstance(found, dict) or not isinstance(found.get("first_batch"), str):
+        raise BadInputError(f"{path} is not the description of a run: it has no first_batch")
+    return found
 
 
 def _curve(lines: list[dict[str, Any]], steps: int) -> dict[str, list[Any]]:
@@ -258,9 +270,7 @@ def _curve(lines: list[dict[str, Any]], steps: int) -> dict[str, list[Any]]:
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [record for _, _, record in read_metrics(path)] if path.exists() else []
 
 
 def main() -> None:

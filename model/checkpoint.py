@@ -1,4 +1,4 @@
-"""Checkpoints: one versioned file, written atomically, read strictly.
+"""Checkpoints: one versioned file, written atomically, read strictly; as safetensors, all but the optimiser's state.
 
 Layout (format "hopeprobe-hope", version 1): plain data and tensors only, so that `torch.load(weights_only=True)`
 reads it and code hidden in a foreign file is never executed. Early checkpoints carry weights alone; those a run can
@@ -7,26 +7,25 @@ resume from carry the optimiser and generator states as well.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import pickle
-import pickletools
-import warnings
-import zipfile
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hopeprobe.documents import parse_json
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.model.config import ModelConfig, from_dict
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import FREQUENCIES, digest
+from hopeprobe.safetensors_files import DIGEST, is_safetensors, read_safetensors
+from hopeprobe.torch_files import read_torch
 
 FORMAT = "hopeprobe-hope"
 VERSION = 1
@@ -87,12 +86,13 @@ def read(path: Path) -> Checkpoint | None:
     Raises `BadInputError` for a file that is damaged, holds code, is of a newer version, or does not fit its
     own config.
     """
-    content = _load_plain(path)
+    content = _of_safetensors(path) if is_safetensors(path) else read_torch(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         return None
     if content.get("version") != VERSION:
+        found = reprlib.repr(content.get("version"))
         raise BadInputError(
-            f"{path} has checkpoint version {content.get('version')}, this hopeprobe reads {VERSION}: update hopeprobe"
+            f"{path} has checkpoint version {found}, this hopeprobe reads {VERSION}: update hopeprobe"
         )
     names = [f.name for f in dataclasses.fields(Checkpoint)]
     unknown = [k for k in content if k not in (*names, "format", "version")]
@@ -101,91 +101,72 @@ def read(path: Path) -> Checkpoint | None:
         raise BadInputError(
             f"{path} does not have the fields of a checkpoint: "
             + "; ".join(([f"missing {', '.join(missing)}"] if missing else [])
-                        + [f"unexpected {k!r}{near_names(k, names)}" for k in unknown])
+                        + [f"unexpected {k!r:.60}{near_names(str(k)[:100], names)}" for k in unknown[:3]])
         )  # fmt: skip
     try:
-        values = {name: content[name] for name in names}
-        values["config"] = from_dict(ModelConfig, content["config"])
-        values["weights"] = _without_prefix(content["weights"])
-        checkpoint = Checkpoint(**values)
-        check_keys(HopeModel.shapes(checkpoint.config), checkpoint.weights)
+        return checked({name: content[name] for name in names})
     except BadInputError as error:
         raise BadInputError(f"{path}: {error}") from None
-    return checkpoint
 
 
-def _load_plain(path: Path) -> object:
+def _of_safetensors(path: Path) -> dict[str, Any]:
+    """What `hopeprobe export` wrote, as the content of a checkpoint; empty where somebody else wrote the file."""
+    weights, metadata = read_safetensors(path)
+    if not metadata.get("checkpoint"):
+        return {}
+    if DIGEST not in metadata:
+        raise BadInputError(f"{path} is damaged: it has no digest; export the checkpoint again")
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise BadInputError(f"cannot read {path}: {error.strerror or error}") from None
-    if size == 0:
+        content = parse_json(metadata["checkpoint"])
+    except ValueError as error:
+        raise BadInputError(f"{path}: its metadata, checkpoint, are no JSON: {error}") from None
+    if not isinstance(content, dict):
+        return {}
+    return {**content, "weights": weights, "optimizer": None, "generators": None}
+
+
+def checked(values: Mapping[str, Any]) -> Checkpoint:
+    """A checkpoint of plain data and tensors by its fields' names. Raises `BadInputError` for what does not fit."""
+    for name, kinds in _KINDS.items():
+        value = values[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise BadInputError(f"its {name} is {reprlib.repr(value)}, which it cannot be")
+    if values["step"] < 0:
+        raise BadInputError(f"its step is {values['step']}, below 0")
+    if not all(isinstance(key, str) for part in ("data", "train") for key in values[part]):
+        raise BadInputError("its data or train have keys that are no text")
+    config = from_dict(ModelConfig, values["config"])
+    weights = _without_prefix(values["weights"])
+    if config.layers * max(1, len(config.cms_levels)) > len(weights):  # each has weights of its own
         raise BadInputError(
-            f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint"
+            f"the weights do not fit the configuration: {config.layers} layers, and {len(weights)} weights in all"
         )
-    if (wrong := _wrong_member(path)) is not None:
-        raise BadInputError(f"{path} is damaged: {wrong}; take another checkpoint of the run")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the formats that foreign files come in
-            return cast(object, torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # noqa: BLE001 - torch raises many kinds for a damaged or foreign file, each means the same
-        if isinstance(error, pickle.UnpicklingError) and _names_code(path):
-            raise BadInputError(
-                f"{path} is a pickle that wants to run code when it is opened; it was refused and nothing was "
-                "executed. hopeprobe reads plain tensors and data only: save a state dict"
-            ) from None
-        if b"PK\x03\x04".startswith(magic):
-            raise BadInputError(
-                f"{path} is damaged: it begins like a checkpoint but cannot be read to its end ({size} bytes). "
-                "It was cut off or changed; take another checkpoint of the run"
-            ) from None
+        expected = HopeModel.shapes(config)
+    except RuntimeError as error:  # more numbers than torch can count
+        raise BadInputError(f"no model is as large as its configuration: {error}") from None
+    check_keys(expected, weights)
+    total = sum(weight.numel() for weight in weights.values())
+    owned = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in weights.values()}
+    if total * next(iter(weights.values())).element_size() > sum(owned.values()):
         raise BadInputError(
-            f"{path} is not a checkpoint: neither a torch file nor anything else that is known here"
-        ) from None
+            "its weights share their numbers, so that the model would be larger than the file"
+        )
+    return Checkpoint(**{**values, "config": config, "weights": weights})
 
 
-def _wrong_member(path: Path) -> str | None:
-    """What is wrong with an archive: torch reads its members without checking their checksums."""
-    try:
-        if not zipfile.is_zipfile(path):
-            return None
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-            folders = [i.filename for i in archive.infolist() if i.external_attr & 0x10]
-    except Exception as error:  # noqa: BLE001 - zipfile raises eight kinds for a directory that was changed
-        return f"its directory cannot be read ({error})"
-    if folders:  # one bit, and torch would take what is in memory for the member's content
-        return f"{folders[0]} is marked as a folder"
-    return None if wrong is None else f"the checksum of {wrong} is wrong"
-
-
-def _names_code(path: Path) -> bool:
-    """Does a pickle that torch refused name things to import; it is only taken apart, never executed."""
-    try:
-        with contextlib.ExitStack() as stack:
-            file: Any = stack.enter_context(path.open("rb"))
-            if zipfile.is_zipfile(file):
-                archive = stack.enter_context(zipfile.ZipFile(file))
-                file = io.BytesIO(archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl"))))
-            else:
-                file.seek(0)
-            for _ in range(4):  # torch's old format has three small pickles ahead of the content
-                names = {opcode.name for opcode, _, _ in pickletools.genops(file)}
-                if names & {"GLOBAL", "STACK_GLOBAL", "INST"}:
-                    return True
-    except Exception:  # noqa: BLE001 - no whole pickle: damaged, or another thing
-        return False
-    return False
+#: What the fields can be; `config` and `weights` are looked at more closely.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "seed": (int,), "step": (int,), "init_digest": (str,), "tokenizer": (str,), "data": (dict,), "train": (dict,),
+    "optimizer": (dict, type(None)), "generators": (dict, type(None)),
+}  # fmt: skip
 
 
 def _without_prefix(weights: object) -> dict[str, Tensor]:
     if (
         not isinstance(weights, Mapping)
         or not weights
-        or not all(isinstance(v, Tensor) for v in weights.values())
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
     ):
         raise BadInputError("its weights are not a mapping from names to tensors")
     named = dict(weights)
@@ -204,7 +185,7 @@ def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
         parts.append(f"missing weights: {_some(missing)}")
     if unexpected:
         parts.append(
-            f"unexpected weights: {_some(unexpected)}{near_names(unexpected[0], missing or list(expected))}"
+            f"unexpected weights: {_some(unexpected)}{near_names(unexpected[0][:200], missing or list(expected))}"
         )
     if reshaped:
         k = reshaped[0]
@@ -226,7 +207,9 @@ def check_keys(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(name[:200] for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def initial_model(checkpoint: Checkpoint) -> HopeModel | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -29,10 +30,18 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise BadInputError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}{hint}")
 
 
+#: No size or seed is larger, and products of several sizes are still numbers that torch can hold.
+_MOST = 1 << 48
+#: Scores that a gate remembers of each sequence: they are kept in memory.
+_MOST_HISTORY = 1 << 16
+
+
 def _check_whole(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise BadInputError(f"{name} is {value!r}, must be a whole number")
+        if abs(value) > _MOST:
+            raise BadInputError(f"{name} is a number of {len(str(value))} digits, must be at most {_MOST}")
 
 
 def _check_positive(**values: float) -> None:
@@ -108,6 +117,8 @@ class GateConfig:
         _check_choice("gate writes", self.writes, ("all", "selfmod", "cms", "titans"))
         _check_whole(history=self.history, seed=self.seed)
         _check_positive(history=self.history, temperature=self.temperature)
+        if self.history > _MOST_HISTORY:
+            raise BadInputError(f"the gate's history is {self.history!r}, must be at most {_MOST_HISTORY}")
         if not 0 < self.decay < 1:
             raise BadInputError(f"the gate's decay is {self.decay!r}, must lie between 0 and 1")
         if self.threshold is not None and not math.isfinite(self.threshold):
@@ -326,16 +337,45 @@ class ModelConfig:
 def from_dict(cls: type[_T], data: Mapping[str, Any]) -> _T:
     """Build a configuration dataclass from plain data; an unknown key raises `BadInputError` with near names."""
     if not isinstance(data, Mapping):
-        raise BadInputError(f"{cls.__name__} is made from a mapping, not from {data!r}")
+        raise BadInputError(f"{cls.__name__} is made from a mapping, not from {reprlib.repr(data)}")
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise BadInputError(f"unknown key {key!r} in {cls.__name__}{near_names(key, known)}")
+            raise BadInputError(
+                f"unknown key {reprlib.repr(key)} in {cls.__name__}{near_names(str(key)[:100], known)}"
+            )
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    for each in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if each.name in values:
+            _check_kind(each.name, values[each.name], str(each.type))
     try:
         return cls(**values)
     except TypeError as error:
-        raise BadInputError(f"{cls.__name__} cannot be built from {values!r}: {error}") from None
+        raise BadInputError(f"{cls.__name__} cannot be built from {reprlib.repr(values)}: {error}") from None
+
+
+#: What the types of fields, as they are written above, allow of plain data; of others the classes check themselves.
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (int, float)),
+    "bool": ("true or false", (bool,)),
+    "str": ("text", (str,)),
+    "None": ("none", (type(None),)),
+}
+
+
+def _check_kind(what: str, value: object, annotation: str) -> None:
+    """Raise `BadInputError` for a value from a file that is not of the field's type, or that is NaN."""
+    words = ["str"] if annotation.startswith("Literal") else annotation.split(" | ")
+    if not all(word in _KINDS for word in words):
+        return
+    allowed = tuple(kind for word in words for kind in _KINDS[word][1])
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise BadInputError(
+            f"{what} is {reprlib.repr(value)}, must be {' or '.join(_KINDS[w][0] for w in words)}"
+        )
+    if isinstance(value, float) and math.isnan(value):
+        raise BadInputError(f"{what} is not a number (NaN)")
 
 
 PRESETS: dict[str, ModelConfig] = {

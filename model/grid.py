@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError
 from hopeprobe.model.cell import RECORD, CellSpec, computation, read_record, same_computation, write_record
 from hopeprobe.model.config import ModelConfig, preset, published
@@ -129,7 +130,7 @@ def known_cells(folder: Path, like: Mapping[str, Any]) -> list[dict[str, Any]]:
     order = list(VARIANTS)
     for path in sorted(folder.glob(f"*/seed-*/{RECORD}")):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(read_document(path))
             key = (record["seed"], order.index(record["variant"]), record["threshold"] or 0.0)
             _check_shared(path, record["shared"], like)
             if record["shared"] == like:

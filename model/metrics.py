@@ -11,11 +11,26 @@ from typing import Any
 
 import numpy as np
 
+from hopeprobe.documents import read_records
 from hopeprobe.errors import BadInputError
 from hopeprobe.files import append_whole, write_atomically
 from hopeprobe.locks import is_at
 
 _MEND = "mend it, or delete the file, and --resume goes on without what it held"
+
+
+def read_metrics(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Step, text and content of each line of a `metrics.jsonl`. Raises BadInputError for what is no such record."""
+    try:
+        for number, (line, record) in enumerate(read_records(path), 1):
+            step = record.get("step")
+            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+                raise BadInputError(
+                    f"{path} is not a record of training (line {number}: its step is {step!r:.40}): {_MEND}"
+                )
+            yield step, line, record
+    except (OSError, ValueError) as error:
+        raise BadInputError(f"{path} is not a record of training ({error}): {_MEND}") from None
 
 
 class MetricsFile:
@@ -29,18 +44,7 @@ class MetricsFile:
         self.kept = [line for at, line in self._lines() if at <= step] if step and self.path.exists() else []
 
     def _lines(self) -> Iterator[tuple[int, str]]:
-        try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise BadInputError(f"{self.path} is not a record of training ({error}): {_MEND}") from None
-        for number, line in enumerate(lines, 1):
-            try:
-                yield int(json.loads(line)["step"]), line
-            except (ValueError, KeyError, TypeError) as error:
-                if number == len(lines):  # the last may be cut off where the run was killed
-                    return
-                what = f"is not the record of a step ({type(error).__name__}: {error})"
-                raise BadInputError(f"{self.path}, line {number}, {what}: {_MEND}") from None
+        return ((step, line) for step, line, _ in read_metrics(self.path))
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
         write_atomically(self.path, "".join(f"{line}\n" for line in self.kept).encode())

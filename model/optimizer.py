@@ -12,7 +12,7 @@ from hopeprobe.model.state import on_host
 from hopeprobe.model.train_config import TrainConfig
 
 #: What says how torch computes an update, not which: a checkpoint has it as on a CPU.
-_HOW = ("fused", "capturable")
+HOW = ("fused", "capturable")
 
 
 def make_optimizer(model: HopeModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -23,7 +23,7 @@ def make_optimizer(model: HopeModel, config: TrainConfig) -> torch.optim.AdamW:
     named = list(model.named_parameters())
     decayed = [p for _, p in named if p.ndim >= 2]
     plain = [p for _, p in named if p.ndim < 2]
-    how: dict[str, Any] = {} if on_host(model.embed) else dict.fromkeys(_HOW, True)
+    how: dict[str, Any] = {} if on_host(model.embed) else dict.fromkeys(HOW, True)
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=config.learning_rate,
@@ -38,7 +38,7 @@ def recorded(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, Any]:
     content = optimizer.state_dict()
     usual = torch.optim.AdamW([torch.zeros(())]).param_groups[0]
     for group in content["param_groups"]:
-        group |= {name: usual[name] for name in _HOW}
+        group |= {name: usual[name] for name in HOW}
         group["lr"] = rate
     content["state"] = {
         at: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in held.items()}
@@ -50,7 +50,7 @@ def recorded(optimizer: torch.optim.Optimizer, rate: float) -> dict[str, Any]:
 def restore(optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
     """Go on from a record, in the way that this optimiser computes."""
     groups = [
-        {**group, **{name: ours[name] for name in _HOW}}
+        {**group, **{name: ours[name] for name in HOW}}
         for group, ours in zip(record["param_groups"], optimizer.param_groups, strict=True)
     ]
     # With the flags in place torch puts the counts of steps where the weights are.

@@ -19,8 +19,9 @@ from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, 
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import digest
-from hopeprobe.model.optimizer import make_optimizer, recorded, restore
+from hopeprobe.model.optimizer import make_optimizer, recorded
 from hopeprobe.model.precision import activation_dtype
+from hopeprobe.model.resuming import restore
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.model.train_config import TrainConfig
 from hopeprobe.tokens import TokenData, TrainWindows, Unigram
@@ -140,9 +141,10 @@ def resumed(
     model = checkpoint.to_model().to(device)
     model.activations = activation_dtype(config.precision)
     optimizer = make_optimizer(model, config)
-    restore(optimizer, checkpoint.optimizer or {})
-    if checkpoint.generators:
-        torch.set_rng_state(checkpoint.generators["torch"])
+    try:
+        restore(checkpoint, optimizer)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}. Delete it, and --resume goes on from the one before") from None
     return Run(model, optimizer, config, data, folder, checkpoint.init_digest, checkpoint.step)
 
 

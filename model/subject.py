@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.model.block import Block
-from hopeprobe.model.checkpoint import Checkpoint, initial_model, read, run_checkpoints
+from hopeprobe.model.checkpoint import FORMAT, VERSION, Checkpoint, initial_model, read, run_checkpoints
 from hopeprobe.model.config import GATE_RULES, GateConfig, ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.init import FREQUENCIES, digest
@@ -293,6 +293,23 @@ class HopeSubject(Subject):
             "keys": len(self.checkpoint.weights),
             "data": self.checkpoint.data,
             "init_digest": self.checkpoint.init_digest,
+        }
+
+    def portable(self) -> Mapping[str, Any]:
+        """All fields of a checkpoint but the weights and what training goes on from."""
+        if self.seed is None:
+            raise self._missing("seed")
+        known = self.checkpoint
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.module.config.to_dict(),
+            "seed": self.seed,
+            "step": known.step if known else 0,
+            "init_digest": known.init_digest if known else digest(self.module.state_dict().items()),
+            "tokenizer": self.tokenizer,
+            "data": known.data if known else {},
+            "train": known.train if known else {},
         }
 
 

@@ -17,6 +17,9 @@ ALLOWED = {
         "hopeprobe.files",
         "hopeprobe.locks",
         "hopeprobe.devices",
+        "hopeprobe.torch_files",
+        "hopeprobe.safetensors_files",
+        "hopeprobe.documents",
     },
     "cli": {"hopeprobe"},
 }

@@ -1,15 +1,13 @@
 """From a checkpoint file to a module, as a map's `[model]` says.
 
-Files are read with `weights_only`, so that nothing in them is executed; safetensors files too. What is executed is what
+Nothing in these files is executed (`torch_files.py`), nor in safetensors files. What is executed is what
 the map names as `build`, imported from the environment or from the working folder.
 """
 
 from __future__ import annotations
 
 import importlib
-import pickle
 import sys
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from hopeprobe.errors import BadInputError, near_names
+from hopeprobe.safetensors_files import is_safetensors, read_safetensors
+from hopeprobe.torch_files import read_torch
 
 from .spec import Map
 
@@ -31,27 +31,10 @@ def read_content(path: Path) -> Mapping[str, Any]:
         raise BadInputError(
             f"{path} is a folder, not a checkpoint" if path.is_dir() else f"{path} does not exist"
         )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise BadInputError(
-            f"{path} is damaged, or holds more than weights and plain data, which could run code: save a state dict "
-            f"({_first_line(error)})"
-        ) from error
-    except Exception as error:
-        damaged = "" if zipfile.is_zipfile(path) else ", or no checkpoint"
-        raise BadInputError(f"{path} is damaged{damaged}: {_first_line(error)}") from error
+    content = read_safetensors(path)[0] if is_safetensors(path) else read_torch(path)
     if not isinstance(content, Mapping):
         raise BadInputError(f"{path} holds a {type(content).__name__}, not named weights")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 @dataclass(frozen=True)

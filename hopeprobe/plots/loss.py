@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+from hopeprobe.documents import read_records
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.files import write_atomically
 
 if TYPE_CHECKING:
     from .canvas import Canvas
+
+_MOST_DRAWN = 1e30  # nats: axes cannot be divided up to the largest number there is
 
 
 def plot_loss_curve(
@@ -82,9 +84,7 @@ def draw_loss_curve(
 
 def _records(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        # The last line may be cut off where a run was killed.
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return [record for _, record in read_records(path)]
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -92,7 +92,14 @@ def _records(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
 
 
 def _points(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """What can be drawn: a step and a finite number, whatever else a record says."""
     found = ((record.get("step"), record.get(key)) for record in records)
     return [
-        (int(step), float(y)) for step, y in found if step is not None and y is not None and math.isfinite(y)
+        (int(step), float(y))
+        for step, y in found
+        if _is_number(step) and _is_number(y) and abs(y) <= _MOST_DRAWN
     ]
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

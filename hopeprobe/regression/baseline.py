@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
 from hopeprobe.results import Address, nan_to_null
@@ -199,11 +200,13 @@ class Baseline:
     def read(cls, path: str | os.PathLike[str]) -> Baseline:
         """Read a file that `write` wrote. Raises BadInputError, with what is wrong and what to do, for any other."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_document(path)
         except OSError as error:
             raise BadInputError(f"{path} cannot be read: {error.strerror or error}; {_MAKES_ONE}") from None
         except UnicodeDecodeError:
             raise BadInputError(f"{path} is not a baseline: it is no text; {_MAKES_ONE}") from None
+        except ValueError as error:
+            raise BadInputError(f"{path} is not a baseline: {error}; {_MAKES_ONE}") from None
         try:
             return cls.from_json(text)
         except BadInputError as error:
@@ -213,8 +216,8 @@ class Baseline:
     def from_json(cls, text: str) -> Baseline:
         """Read what `to_json` gave. Raises BadInputError that says what is wrong, from "is not …"."""
         try:
-            document = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            document = parse_json(text)
+        except ValueError as error:
             raise BadInputError(f"is not a baseline: it is no JSON ({error})") from None
         if not isinstance(document, dict) or document.get("kind") != KIND:
             raise BadInputError(f'is not a baseline: there is no "kind": "{KIND}"')
@@ -289,11 +292,17 @@ def _tracked(record: Mapping[str, Any]) -> Tracked:
     fields = dict(record)
     address = Address(**{name: fields.pop(name) for name in Address._fields})
     for name in ("values", "ci_low", "ci_high"):
-        fields[name] = tuple(math.nan if value is None else float(value) for value in fields[name])
+        fields[name] = tuple(map(_number, fields[name]))
     for name in ("smallest_effect", "noise", "tolerance"):
-        fields[name] = math.nan if fields[name] is None else float(fields[name])
+        fields[name] = _number(fields[name])
     fields["verdicts"] = tuple(map(Verdict, fields["verdicts"]))
     return Tracked(address, **fields)
+
+
+def _number(value: Any) -> float:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{value!r:.60} is no number")
+    return math.nan if value is None else float(value)
 
 
 def _check_kinds(baseline: Baseline) -> None:
@@ -316,7 +325,7 @@ def _check_kinds(baseline: Baseline) -> None:
 
 def _check_kind(what: str, value: object, kinds: type | tuple[type, ...]) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
-        raise TypeError(f"{what} is {value!r}")
+        raise TypeError(f"{what} is {value!r:.60}")
 
 
 def _check(baseline: Baseline) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
 
@@ -150,10 +151,17 @@ def _check_parts(grid: Grid) -> None:
                 raise BadInputError(f"{part} has {value!r} for {key!r}")
 
 
+#: What the types of a cell's fields allow.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "float": (int, float),
+    "float | None": (int, float, type(None)), "str | None": (str, type(None)),
+}  # fmt: skip
+
+
 def _check_cells(cells: Iterable[Any]) -> None:
     seen = set()
     for cell in cells:
-        where = f"{cell.name}, seed {cell.seed}"
+        where = f"{cell.name!s:.60}, seed {cell.seed!s:.60}"
         whole = all(isinstance(n, int) for n in (cell.seed, cell.steps, cell.parameters))
         if not whole or not isinstance(cell.name, str) or cell.status not in ("done", "diverged"):
             raise BadInputError(f"{where}: not the name, numbers and status of a cell")
@@ -168,6 +176,10 @@ def _check_cells(cells: Iterable[Any]) -> None:
             raise BadInputError(f"{where} has no curve of numbers")
         if len(steps) != len(losses):
             raise BadInputError(f"{where} has a curve of unequal lengths")
+        for each in dataclasses.fields(Cell):
+            value, kinds = getattr(cell, each.name), _KINDS.get(str(each.type))
+            if kinds and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise BadInputError(f"{where}: {each.name} is {value!r:.60}, must be {each.type}")
     if not seen:
         raise BadInputError("there is no cell in it")
 
@@ -182,7 +194,7 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     if file.is_dir() or not (file.exists() or file.suffix == ".json"):
         file /= RECORD
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_document(file))
     except FileNotFoundError:
         raise BadInputError(
             f"{file} does not exist: `hopeprobe ablate --out {file.parent}` writes it"

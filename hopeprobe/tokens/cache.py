@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from hopeprobe.documents import parse_json
 from hopeprobe.errors import BadInputError
 from hopeprobe.replacing import replacing
 
@@ -124,7 +125,7 @@ def read_cache(path: Path) -> Stored:
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         footer, footer_bytes = _read_footer(file, size)
-        n_tokens, n_documents = int(footer["n_tokens"]), int(footer["n_documents"])
+        n_tokens, n_documents = footer["n_tokens"], footer["n_documents"]
         tables = len(MAGIC) + n_tokens * _TOKEN.itemsize + _padding(n_tokens)
         expected = tables + (n_documents + 1) * _OFFSET.itemsize + n_documents + footer_bytes + _TRAILER.size
         if size != expected or n_documents < 1 or n_tokens < 1:
@@ -132,6 +133,13 @@ def read_cache(path: Path) -> Stored:
         file.seek(tables)
         offsets = np.frombuffer(file.read((n_documents + 1) * _OFFSET.itemsize), dtype=_OFFSET)
         held_out = np.frombuffer(file.read(n_documents), dtype=np.bool_)
+    if (
+        held_out.view(np.uint8).max() > 1
+        or offsets[0] != 0
+        or offsets[-1] != n_tokens
+        or np.diff(offsets).min() < 2
+    ):
+        raise CacheError(f"{path} has documents that are none")
     tokens = np.memmap(path, dtype=_TOKEN, mode="r", offset=len(MAGIC), shape=(n_tokens,))
     if (
         fingerprint_of(tokens, offsets, str(footer["tokenizer"])) != footer["fingerprint"]
@@ -152,7 +160,19 @@ def _read_footer(file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     encoded = file.read(length)
     if hashlib.sha256(encoded).digest() != digest:
         raise CacheError(f"{file.name} has a damaged footer")
-    footer: dict[str, Any] = json.loads(encoded)
+    try:
+        footer = parse_json(encoded.decode())
+    except ValueError as error:
+        raise CacheError(f"{file.name} has a footer that is none: {error}") from None
+    kinds = {
+        "n_tokens": int,
+        "n_documents": int,
+        "tokenizer": str,
+        "fingerprint": str,
+        "held_out_sha256": str,
+    }
+    if not isinstance(footer, dict) or any(type(footer.get(key)) is not kind for key, kind in kinds.items()):
+        raise CacheError(f"{file.name} has a footer without what it must say")
     return footer, length
 
 

@@ -190,10 +190,10 @@ def load_tokens(
     keys = [source.key() for source in sources]
     path = folder / f"{_cache_key(keys, tokenizer, limit)}.tokens"
 
-    stored = _read_or_none(path)
+    stored = _read_or_none(path, len(sources))
     if stored is None:
         _build(path, sources, keys, name, tokenizer, limit, progress)
-        stored = _read_or_none(path)
+        stored = _read_or_none(path, len(sources))
     if stored is None:
         what = "is not what was just written to it; is the disk failing?"
         gone = "was removed as soon as it was written; let nothing clear the folder, and start again"
@@ -201,9 +201,17 @@ def load_tokens(
     return _token_data(name, stored, sources, tokenizer)
 
 
-def _read_or_none(path: Path) -> Stored | None:
+def _read_or_none(path: Path, n_sources: int) -> Stored | None:
     try:
-        return read_cache(path)
+        stored = read_cache(path)
+        described = stored.footer.get("sources")
+        sound = (
+            isinstance(described, list)
+            and len(described) == n_sources
+            and all(isinstance(one, dict) for one in described)
+            and isinstance(stored.footer.get("dropped"), int)
+            and int(stored.tokens.max()) < VOCAB_SIZE
+        )
     except (FileNotFoundError, CacheError):
         return None  # a damaged cache costs only the time to tokenise again
     except OSError as error:
@@ -211,6 +219,7 @@ def _read_or_none(path: Path) -> Stored | None:
             f"the token cache {path} cannot be read: {error.strerror or error}; delete it, "
             f"or choose another folder with the environment variable {CACHE_VARIABLE}"
         ) from error
+    return stored if sound else None
 
 
 def _build(

@@ -253,10 +253,10 @@ def test_a_metrics_line_cut_in_the_middle_goes(whole, tmp_path, cut):
     [
         (
             lambda text: text.replace(b'"step": 2', b'"stepp": 2'),
-            r"metrics\.jsonl, line 2, .*KeyError.*delete the file",
+            r"metrics\.jsonl .*\(line 2: its step is None\).*delete the file",
         ),
-        (lambda text: b"notes}\n" + text, r"metrics\.jsonl, line 1, is not the record of a step"),
-        (lambda text: b"[1]\n" + text, r"metrics\.jsonl, line 1, is not the record of a step"),
+        (lambda text: b"notes}\n" + text, r"metrics\.jsonl is not a record of training \(line 1: Expecting"),
+        (lambda text: b"[1]\n" + text, r"metrics\.jsonl is not a record of training \(line 1: it is no JSON"),
         (lambda text: b"\xff\xfe" + text, r"metrics\.jsonl is not a record of training"),
     ],
 )

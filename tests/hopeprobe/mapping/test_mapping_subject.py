@@ -244,8 +244,8 @@ def test_files_that_cannot_be_used_are_named(run, of_files, tmp_path, capsys):
     whole = (run / "step-60.pt").read_bytes()
     cases = {
         "cut.pt": (whole[: len(whole) // 2], "is damaged"),
-        "empty.pt": (b"", "is damaged, or no checkpoint"),
-        "text.pt": (b"not a checkpoint", "is damaged, or"),
+        "empty.pt": (b"", "is empty (0 bytes)"),
+        "text.pt": (b"not a checkpoint", "is not a checkpoint"),
         "cut.safetensors": (whole[:100], "is damaged"),
     }
     for name, (content, message) in cases.items():
@@ -256,7 +256,7 @@ def test_files_that_cannot_be_used_are_named(run, of_files, tmp_path, capsys):
     torch.save({"weights": Bomb()}, tmp_path / "bomb.pt")
     torch.save([1], tmp_path / "list.pt")
     for name, message in (
-        ("bomb.pt", "could run code"),
+        ("bomb.pt", "wants to run code"),
         ("list.pt", "holds a list"),
         ("no.pt", "does not exist"),
         (".", "is a folder"),

@@ -95,7 +95,7 @@ def test_only_its_own_sizes_steps_and_data_are_the_published_setting(made):
         (lambda r: r["cells"].append(r["cells"][0]), "full, seed 0 is there twice"),
         (lambda r: r["cells"][0].update(live=None), "full, seed 0 is done and has no loss"),
         (lambda r: r["cells"][0].update(frozen="7"), "full, seed 0 is done and has no loss"),
-        (lambda r: r["cells"][0].update(live=math.nan), "full, seed 0 is done and has no loss"),
+        (lambda r: r["cells"][0].update(live=math.nan), "NaN is no number that JSON knows"),
         (lambda r: r["cells"][0].update(seed="0"), "not the name, numbers and status of a cell"),
         (lambda r: r["cells"][0].update(status="finished"), "not the name, numbers and status of a cell"),
         (lambda r: r["cells"][0].update(parameters=None), "not the name, numbers and status of a cell"),

@@ -1,0 +1,67 @@
+"""What a run goes on from, put back only where it fits: the optimiser's moments and the state of the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hopeprobe.errors import BadInputError
+from hopeprobe.model import optimizer as optimizers
+from hopeprobe.model.checkpoint import Checkpoint
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def restore(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimiser of the checkpoint's model its state, and torch's generator its own.
+
+    Raises `BadInputError` for what is not the state of this optimiser: it would train another model, or none.
+    """
+    given, fresh = checkpoint.optimizer or {}, optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups, state = given.get("param_groups"), given.get("state")
+    if not isinstance(groups, list) or not isinstance(state, Mapping):
+        raise _unfit("it has no param_groups or no state")
+    if [_shape(group) for group in groups] != [_shape(group) for group in fresh["param_groups"]]:
+        raise _unfit("its groups of parameters are others")
+    for index, moments in state.items():
+        if not isinstance(index, int) or not 0 <= index < len(parameters):
+            raise _unfit(f"there is no parameter {index!r:.40}")
+        _check_moments(moments, parameters[index])
+    try:
+        optimizers.restore(optimizer, given)
+        if checkpoint.generators:
+            torch.set_rng_state(checkpoint.generators["torch"])
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise _unfit(str(error)) from None
+
+
+def _unfit(why: str) -> BadInputError:
+    return BadInputError(f"its optimiser or generator is not that of its model: {why}")
+
+
+def _shape(group: Any) -> object:
+    """What two groups of one optimiser share: the parameters, and the kind of each number and switch."""
+    if not isinstance(group, Mapping):
+        return None
+    # How updates are computed differs by device, and with it what holds the rate.
+    told = {key: value for key, value in group.items() if key not in ("params", "lr", *optimizers.HOW)}
+    kinds = {key: float if type(value) is int else type(value) for key, value in told.items()}
+    return group.get("params"), sorted((str(key), kind.__name__) for key, kind in kinds.items())
+
+
+def _check_moments(moments: Any, parameter: Tensor) -> None:
+    if not isinstance(moments, Mapping) or set(moments) != {"step", *_MOMENTS}:
+        raise _unfit("it does not hold the steps and moments of AdamW")
+    step = moments["step"]
+    if not isinstance(step, Tensor) or step.numel() != 1 or not bool(step.isfinite().all() and step >= 0):
+        raise _unfit("a number of steps is none")
+    for name in _MOMENTS:
+        moment = moments[name]
+        if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
+            raise _unfit(f"{name} has not the shape of its parameter, {tuple(parameter.shape)}")
+        if not moment.is_floating_point() or not bool(moment.isfinite().all()):
+            raise _unfit(f"{name} is not finite")
