@@ -33,6 +33,7 @@ from hopeprobe.nulls import (
 from hopeprobe.opening import Checkpoints, WindowMaker, as_list, check_no_hooks, labelled, open_checkpoint
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
+from hopeprobe.probes.left_out import MOST, LeftOut, WindowsNotFiniteError, check_live, noted, said
 from hopeprobe.probes.measure import ESTIMATES, Told, measure, silent
 from hopeprobe.probes.surprise import token_surprisal
 from hopeprobe.probes.workers import blas_threads
@@ -153,17 +154,41 @@ class _Run:
     rows: list[ResultRow] = field(default_factory=list)
     null_rows: list[NullRow] = field(default_factory=list)
     own_init: str = "known"
+    left_out: tuple[LeftOut, ...] = ()
+    leaves_out: bool = True
 
     def measure(self, probes: Sequence[Probe]) -> None:
-        """Fill `rows`, `null_rows` and `missing`."""
-        initial = self._initial()
+        """Fill `rows`, `null_rows` and `missing`; a few windows that are not finite are left out of all of it."""
+        initial, whole = self._initial(), self.windows
+        while True:
+            try:
+                self._measure(probes, initial)
+                break
+            except WindowsNotFiniteError as error:
+                self.left_out += error.found
+                if len(self.left_out) > MOST * whole.n_windows:
+                    self.left_out, self.leaves_out, self.windows = (), False, whole
+                else:
+                    self.windows = self.windows.without({(one.document, one.start) for one in error.found})
+                self.missing, self.missed, self.rows, self.null_rows = [], set(), [], []
+        if self.left_out:
+            self.missing.insert(0, f"{self.label}: {said(self.left_out, whole.n_windows)}")
+            note = noted(self.left_out, whole.n_windows)
+            self.rows = [
+                dataclasses.replace(row, note="; ".join(filter(None, (row.note, note))))
+                if row.n_tokens
+                else row
+                for row in self.rows
+            ]
+        self._say_untrained()
+
+    def _measure(self, probes: Sequence[Probe], initial: Subject | None) -> None:
         fitting = [probe for probe in probes if self._applies(probe)]
         limits = {probe.name: self._limit(probe) for probe in fitting}
         for limit in dict.fromkeys(limits.values()):
             windows = self.windows if limit == self.windows.n_tokens else self.windows.take(limit)
             part = dataclasses.replace(self, windows=windows)  # rows and what is missing go to the same lists
             part.measure_together([probe for probe in fitting if limits[probe.name] == limit], initial)
-        self._say_untrained()
 
     def _limit(self, probe: Probe) -> int:
         most = probe.most_tokens(self.subject)
@@ -184,6 +209,8 @@ class _Run:
                 else:
                     self._not_applicable(probe, "", str(error))
             except MeasurementError as error:
+                if self.leaves_out:
+                    check_live(self.subject, self.windows)
                 self._miss(probe.name, "", str(error))
             try:
                 self._judge(probe, probe.review(self.subject, found))
@@ -258,7 +285,7 @@ class _Run:
 
     def _of_tokens(self, probes: Sequence[Probe], initial: Subject | None) -> dict[str, list[Finding]]:
         """Measure all conditions, then their nulls, one model after the other."""
-        measured = measure(self.subject, self.windows, probes, ESTIMATES, self._told(""))
+        measured = measure(self.subject, self.windows, probes, ESTIMATES, self._told(""), self.leaves_out)
         for name, reasons in measured.failed.items():
             for condition, reason in reasons.items():
                 self._miss(name, condition, reason)

@@ -228,5 +228,15 @@ def select_rows(state: State, rows: Tensor | list[int]) -> State:
 
 
 def average_rows(x: Tensor, weights: Tensor) -> Tensor:
-    """Rows of (B, ...) replaced by weighted averages of rows: `weights` is (B, B), row r holds those of new row r."""
-    return cast(Tensor, torch.tensordot(weights.to(x), x, dims=1))
+    """Rows of (B, ...) replaced by weighted averages of rows: `weights` is (B, B), row r holds those of new row r.
+
+    A row that is not finite reaches only those that give it a weight.
+    """
+    weights = weights.to(x)
+    averaged = cast(Tensor, torch.tensordot(weights, x, dims=1))
+    bad = ~x.flatten(1).isfinite().all(1)
+    if not bool(bad.any()):
+        return averaged
+    apart = (weights[:, bad] == 0).all(1)  # nothing times what is not finite is not a number
+    averaged[apart] = torch.tensordot(weights[apart][:, ~bad], x[~bad], dims=1)
+    return averaged

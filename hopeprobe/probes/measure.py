@@ -24,6 +24,7 @@ from .base import (
     measured,
     plug_ins,
 )
+from .left_out import check_live
 from .passes import run_pass
 
 if TYPE_CHECKING:
@@ -103,10 +104,12 @@ def measure(
     probes: Sequence[Probe],
     reader: Reader[_T],
     told: Told = silent,
+    leave_out: bool = False,
 ) -> Rows[_T]:
     """Run every condition that a probe asks for, once, and read off all rows.
 
-    Raises BadInputError where two conditions have one name; what cannot be measured is in the result.
+    Raises BadInputError where two conditions have one name, and with `leave_out` WindowsNotFiniteError where a few
+    windows are not finite; what cannot be measured is in the result.
     """
     asked = conditions_of(subject, probes)
     order = list(dict.fromkeys(condition for conditions in asked.values() for condition in conditions))
@@ -116,7 +119,7 @@ def measure(
     waiting = {probe.name: len(asked[probe.name]) for probe in probes}
     for condition in order:
         wanting = [probe for probe in probes if condition in asked[probe.name]]
-        for name, accumulator in _pass(subject, windows, wanting, condition, prepared, rows, told):
+        for name, accumulator in _pass(subject, windows, wanting, condition, prepared, rows, told, leave_out):
             try:
                 rows.found[name].update(reader.rows(accumulator))
             except MeasurementError as error:
@@ -140,18 +143,21 @@ def _pass(
     prepared: dict[Callable[..., Any], Any],
     rows: Rows[_T],
     told: Told,
+    leave_out: bool,
 ) -> Iterator[tuple[str, Accumulator]]:
     """Run one condition: what each probe has gathered, one after the other, each held by nobody else."""
     try:
         if condition.prepare is not None and condition.prepare not in prepared:
             prepared[condition.prepare] = condition.prepare(subject, windows)
         given = prepared[condition.prepare] if condition.prepare is not None else None
-        found = run_pass(subject, windows, probes, condition, given, told(condition.name))
+        found = run_pass(subject, windows, probes, condition, given, told(condition.name), leave_out)
     except MissingCapability as error:
         for probe in probes:
             rows.lacking[probe.name][condition.name] = str(error)
         return
     except HopeprobeError as error:
+        if leave_out and isinstance(error, MeasurementError):  # of what comes before the pass, as a rule
+            check_live(subject, windows)
         for probe in probes:
             rows.failed[probe.name][condition.name] = str(error)
         return

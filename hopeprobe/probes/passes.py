@@ -20,6 +20,7 @@ from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
 from hopeprobe.hooks import ActivationCache, resolve
 from hopeprobe.subject import MissingCapability
 
+from .left_out import Suspects, WindowsNotFiniteError, bad_losses, bad_readings, bad_reduced, check_live
 from .readings import Readings, Reducing, check_positions
 from .workers import replicas, side_by_side
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from hopeprobe.conditions import Condition
     from hopeprobe.probes.base import Accumulator, Probe
+    from hopeprobe.stats.arrays import IntArray
     from hopeprobe.subject import Subject, WindowLosses
     from hopeprobe.tokens import EvalBatch, EvalWindows
 
@@ -57,15 +59,38 @@ def run_pass(
     condition: Condition,
     prepared: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
+    leave_out: bool = False,
 ) -> Pass:
     """Run the model over `windows` once, under a condition, and feed every probe.
 
     Batches are run side by side where the subject has replicas (`hopeprobe.probes.workers`), windows of like length
     together unless the condition fixes the batches, and read one after the other.
 
-    prepared: what `condition.prepare` gave. on_batch: called with the batches done and in all. Raises
+    prepared: what `condition.prepare` gave. on_batch: called with the batches done and in all. leave_out: raise
+    WindowsNotFiniteError where a few windows are not finite (`left_out.py`), rather than drop the probes. Raises
     MissingCapability when the model cannot be run so at all (no write gates to close).
     """
+    if leave_out:
+        found = _run_pass(subject, windows, probes, condition, prepared, on_batch, Suspects(windows))
+        if found is not None:
+            return found
+        if condition.batch is not None:  # where rows act on each other, the live pass tells who is to blame
+            check_live(subject, windows)
+    found = _run_pass(subject, windows, probes, condition, prepared, on_batch)
+    assert found is not None
+    return found
+
+
+def _run_pass(
+    subject: Subject,
+    windows: EvalWindows,
+    probes: Sequence[Probe],
+    condition: Condition,
+    prepared: Any,
+    on_batch: Callable[[int, int], None] | None,
+    suspects: Suspects | None = None,
+) -> Pass | None:
+    """Do that; None where windows are not finite and are not to be left out."""
     result, running = Pass(), []
     windows = condition.windows(windows)
     for probe in probes:
@@ -95,17 +120,31 @@ def run_pass(
             result.drop_all(str(ran))
             break
         in_force.update(ran.fired)
+        if suspects is not None:
+            suspects.add(batch, ran.suspicious())
+            if suspects.too_many:
+                return None
+            if suspects.rows:  # what was gathered is of no use; the rest is looked through
+                continue
         for name in list(result.accumulators):
             try:
                 seen = ran.seen(name)
                 fired |= {(name, hook) for hook in seen}
                 result.accumulators[name].update(seen, ran.out.losses, ran.out.scored, batch)
             except MeasurementError as error:
+                if suspects is not None and len(rows := ran.unreadable(name)):
+                    suspects.add(batch, rows)
+                    break
                 result.drop(name, str(error))
         if on_batch is not None:
             on_batch(done + 1, len(windows))
         if not result.accumulators:
             break
+    if suspects is not None and suspects.rows:
+        bad = [] if suspects.too_many or condition.batch else suspects.named(subject, condition, prepared)
+        if bad:
+            raise WindowsNotFiniteError(bad)
+        return None
     for name, accumulator in list(result.accumulators.items()):
         unseen = [n for n in workers[0].readers[name].names if (name, n) not in fired]
         if silent := [n for n in unseen if not accumulator.rightly_silent(n)]:
@@ -144,6 +183,16 @@ class _Ran:
         if isinstance(found, MeasurementError):
             raise found
         return found
+
+    def suspicious(self) -> IntArray:
+        """Rows whose losses, or what reducers made of fast weights, are not finite."""
+        reduced = [bad_reduced(read) for read in self.read.values() if isinstance(read, Readings)]
+        return np.unique(np.concatenate([bad_losses(self.out), *reduced]))
+
+    def unreadable(self, name: str) -> IntArray:
+        """Rows in which a probe, which could not be measured, reads what is not finite."""
+        found = self.read[name]
+        return bad_readings(found, self.out) if isinstance(found, Readings) else np.zeros(0, dtype=np.int64)
 
 
 class _Worker:

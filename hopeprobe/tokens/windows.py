@@ -14,7 +14,7 @@ import numpy.typing as npt
 from hopeprobe.errors import BadInputError, near_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from hopeprobe.tokens.store import TokenData
 
@@ -182,9 +182,26 @@ class EvalWindows:
         """
         if n_tokens > self.n_tokens:
             raise BadInputError(f"cannot take {n_tokens} tokens of windows that hold {self.n_tokens}")
-        return EvalWindows(
-            self.data, self.split, context=self.context, tokens=n_tokens, batch=self.batch, carry=self.carry
-        )
+        _at_least("tokens", n_tokens, 1)
+        return self._of(_cut(self._rows, n_tokens), self.batch)
+
+    def without(self, windows: Collection[tuple[int, int]]) -> EvalWindows:
+        """Leave windows out, named by their document and where they start in it; the others stay as they are.
+
+        Raises BadInputError where nothing is left.
+        """
+        places = zip(self._rows.document.tolist(), self._rows.start.tolist(), strict=True)
+        kept = np.array([place not in windows for place in places])
+        if not kept.any():
+            raise BadInputError("no window is left of those that were to be measured")
+        return self._of(_Rows(*(column[kept] for column in self._rows)), self.batch)
+
+    def _of(self, rows: _Rows, batch: int) -> EvalWindows:
+        other = copy.copy(self)
+        other.__dict__.pop("fingerprint", None)
+        other._rows, other.n_tokens = rows, int(rows.length.sum())
+        other.batch, other._workers = batch, None
+        return other
 
     def with_batch(self, batch: int) -> EvalWindows:
         """Draw the same windows `batch` at a time. Raises BadInputError under 1."""
