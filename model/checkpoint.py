@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,8 +77,23 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     content |= {"format": FORMAT, "version": VERSION, "config": checkpoint.config.to_dict()}
     content["weights"] = {k: v.detach().cpu() for k, v in checkpoint.weights.items()}
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(_anew(content), buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def _anew(tree: Any) -> Any:
+    """The same plain data with every text once and nothing else shared.
+
+    Pickle writes what is met again as a reference, and what was loaded shares other things than what was made: a
+    resumed run would write other bytes.
+    """
+    if isinstance(tree, str):
+        return sys.intern(str(tree))
+    if isinstance(tree, Mapping):
+        return {_anew(key): _anew(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_anew(value) for value in tree)
+    return tree
 
 
 def read(path: Path) -> Checkpoint | None:

@@ -66,6 +66,7 @@ def flat(tree):
 
 
 def same_run(one, other, steps=CONFIG.steps):
+    assert step_path(one, steps).read_bytes() == step_path(other, steps).read_bytes()
     a, b = read(step_path(one, steps)), read(step_path(other, steps))
     assert flat(a.weights) == flat(b.weights)
     assert flat(a.optimizer) == flat(b.optimizer)
