@@ -61,7 +61,11 @@ def train(
     """
     where = find_device(device)
     check_memory(model_config, config.batch, where)
-    with run_lock(folder):
+    forked = [where] if where.type == "cuda" else []
+    with run_lock(folder), torch.random.fork_rng(forked):  # the caller's generators stay as they were
+        torch.manual_seed(
+            config.seed
+        )  # torch's own is another in every process, and checkpoints hold its state
         return _train(model_config, config, data, folder, where, resume, progress, callbacks, each_step)
 
 

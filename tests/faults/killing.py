@@ -141,6 +141,8 @@ def _be(job: dict, moment: Moment, counts: Path) -> None:
         if job["cold"]:
             os.execv(sys.executable, [sys.executable, "-c", _COLD, *words])
         sys.argv[:] = ["hopeprobe", *words]
+        if "torch" in sys.modules:  # as in a process that begins: another seed in each
+            sys.modules["torch"].seed()
         _watch(moment, counts)
         if words[0] == "tokenise":
             from hopeprobe.tokens import load_tokens

@@ -38,7 +38,6 @@ def one_thread():
 
 
 def trained(folder, **options):
-    torch.manual_seed(0)
     return train(MODEL, CONFIG, documents(), folder, **options)
 
 
@@ -174,7 +173,6 @@ def test_a_cache_that_goes_while_it_trains(tmp_path):
     model = ModelConfig(dim=8, layers=1, context=16, heads=2)
 
     def run(out, progress):
-        torch.manual_seed(0)
         train(model, CONFIG, load_tokens(text, cache_dir=cache), out, progress=progress)
 
     run(tmp_path / "kept", None)

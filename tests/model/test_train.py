@@ -78,7 +78,7 @@ def same_run(one, other, steps=CONFIG.steps):
 def whole(tmp_path_factory):
     """A run that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    torch.manual_seed(0)
+    torch.seed()
     run(folder)
     return folder
 
@@ -96,7 +96,7 @@ def kill_at(step):
 
 
 def interrupted(folder, step, **options):
-    torch.manual_seed(0)
+    torch.seed()
     with pytest.raises(Killed):
         run(folder, progress=kill_at(step), **options)
 
@@ -204,8 +204,11 @@ def test_without_held_out_text_nothing_is_evaluated(tmp_path):
 
 
 def test_the_same_seed_is_the_same_run(whole, tmp_path):
-    torch.manual_seed(0)
+    """Whatever state the generators of the process are in, which is another in each, and stays."""
+    torch.seed()
+    before = torch.get_rng_state()
     run(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
     same_run(whole, tmp_path)
     assert (tmp_path / "run.json").read_bytes() == (whole / "run.json").read_bytes()
     for ours, theirs in zip(run_checkpoints(tmp_path), run_checkpoints(whole), strict=True):
@@ -222,7 +225,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path, step):
     """Killed between checkpoints, and before the last is written."""
     interrupted(tmp_path, step)
     assert len(lines(tmp_path)) == step
-    torch.manual_seed(99)
+    torch.seed()
     resumed = run(tmp_path, resume=True)
     assert resumed.step == 6
     same_run(whole, tmp_path)
@@ -232,7 +235,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(whole, tmp_path, step):
 def test_a_run_killed_before_it_could_be_resumed_begins_again(whole, tmp_path, step):
     """Also killed at step 4 itself, ahead of the checkpoint."""
     interrupted(tmp_path, step)
-    torch.manual_seed(0)
+    torch.seed()
     run(tmp_path, resume=True)
     same_run(whole, tmp_path)
     assert [p.name for p in run_checkpoints(tmp_path)] == [p.name for p in run_checkpoints(whole)]
@@ -283,7 +286,7 @@ def test_a_damaged_checkpoint_is_not_passed_over_but_told_how_to_go_on(whole, tm
     ):
         run(tmp_path, resume=True)
     last.unlink()
-    torch.manual_seed(0)
+    torch.seed()
     run(tmp_path, resume=True)
     same_run(whole, tmp_path)
 
@@ -296,7 +299,7 @@ def test_a_finished_run_resumed_changes_nothing(whole, tmp_path):
 
 
 def test_a_run_can_be_extended(whole, tmp_path):
-    torch.manual_seed(0)
+    torch.seed()
     run(tmp_path, dataclasses.replace(CONFIG, steps=5))
     run(tmp_path, resume=True)
     a, b = read(step_path(whole, 6)), read(step_path(tmp_path, 6))
@@ -307,7 +310,7 @@ def test_a_run_can_be_extended(whole, tmp_path):
 
 
 def test_a_planted_difference_is_seen_by_the_comparison(whole, tmp_path):
-    torch.manual_seed(0)
+    torch.seed()
     run(tmp_path, callbacks=(lambda r: r.step == 4 and r.model.norm.bias.data[0].add_(1e-7),))
     with pytest.raises(AssertionError):
         same_run(whole, tmp_path)
@@ -576,7 +579,7 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_too(whole, tmp_path, m
         with pytest.raises(Killed):
             run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
-    torch.manual_seed(0)
+    torch.seed()
     run(tmp_path, resume=True)
     same_run(whole, tmp_path)
 
