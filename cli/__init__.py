@@ -60,6 +60,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
     from hopeprobe.cli.app import app
     from hopeprobe.errors import HopeprobeError
+    from hopeprobe.printable import message
 
     # typer brings a click of its own in some versions; its exceptions are found from what typer exports.
     usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -68,7 +69,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except HopeprobeError as error:
         if debug:
             raise
-        print(f"hopeprobe: {error}", file=sys.stderr)
+        print(f"hopeprobe: {message(str(error))}", file=sys.stderr)
         return error.exit_code
     except typer.Abort as error:
         raise KeyboardInterrupt from error
@@ -79,7 +80,7 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"hopeprobe: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"hopeprobe: {message(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except Exception as error:
         if signal.getsignal(signal.SIGINT) is _leave:  # some libraries make another error of an interrupt

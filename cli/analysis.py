@@ -14,6 +14,7 @@ from hopeprobe.cli.tables import result_tables
 from hopeprobe.cli.terminal import PLAIN_WIDTH, console, progress, say
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.files import check_places, write_atomically
+from hopeprobe.printable import printable_json
 from hopeprobe.probes import PROBES
 from hopeprobe.report.export import file_names
 from hopeprobe.results import Results, csv_files
@@ -82,7 +83,7 @@ def asked_probes(names: list[str], every: bool, usual: Sequence[str] = ()) -> li
 def write_results(results: Results, output_format: str, output: Path | None) -> None:
     """Print the results, or write them to a file."""
     if output_format == "json" and output is None:
-        print(results.to_json())
+        print(printable_json(results.to_json()))
     elif output_format == "json" and output is not None:
         results.write_json(output)
     elif output_format == "csv" and output is not None:

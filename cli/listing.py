@@ -6,8 +6,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from hopeprobe.cli.terminal import console, say
+from hopeprobe.cli.terminal import console, say, shown
 from hopeprobe.errors import BadInputError
+from hopeprobe.printable import printable
 
 #: The study's section 3: "~19M", "~73M", and its Transformer matched in size.
 PUBLISHED = {
@@ -26,16 +27,17 @@ def show_hooks(checkpoint: Path, model_map: str | None, pattern: str | None, out
     if pattern is not None:
         points = {name: points[name] for name in resolve(points, pattern)}
     if output_format == "markdown":
-        print(markdown_table(points))
+        print(printable(markdown_table(points), lines=True))
         return
     if output_format != "table":
         raise BadInputError(f"--format is {output_format!r}, must be table or markdown")
-    table = Table(title=f"hook points of {checkpoint.name}", title_justify="left")
+    table = Table(title=shown(f"hook points of {checkpoint.name}"), title_justify="left")
     for column in ("name", "shape", "fires", "editable", "holds"):
         table.add_column(column, no_wrap=column != "holds", overflow="fold")
     for row in describe(points):
-        table.add_row(row.name, row.dims, row.cadence, "yes" if row.editable else "no", row.equation)
-    console().print(table, markup=False)
+        cells = (row.name, row.dims, row.cadence, "yes" if row.editable else "no", row.equation)
+        table.add_row(*map(shown, cells))
+    console().print(table)
 
 
 def show_probes() -> None:
@@ -58,7 +60,11 @@ def show_definitions(names: list[str]) -> None:
     chosen = [get_probe(name) for name in names]
     screen = console()
     for i, probe in enumerate(chosen):
-        say(screen, ("\n\n" if i else "") + f"{probe.name}\n{'-' * len(probe.name)}\n{probe.describe()}")
+        say(
+            screen,
+            ("\n\n" if i else "") + f"{probe.name}\n{'-' * len(probe.name)}\n{probe.describe()}",
+            lines=True,
+        )
         for file, text in shared_definitions(probe).items():
             say(screen, f"\n`{file}`:\n\n{text}")
 

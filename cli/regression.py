@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 from rich.table import Table
-from rich.text import Text
 
 from hopeprobe.cells import number
 from hopeprobe.cli.analysis import asked_probes
 from hopeprobe.cli.maps import opened
-from hopeprobe.cli.terminal import console, progress, say
+from hopeprobe.cli.terminal import console, progress, say, shown
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import check_places, write_atomically
 from hopeprobe.locks import file_lock
+from hopeprobe.printable import printable, printable_json
 from hopeprobe.regression import DEFAULT_PROBES, Baseline, Check, check, make_baseline
 from hopeprobe.regression.comparing import COLUMNS, Outcome
 from hopeprobe.regression.reports import github_annotations, write_junit
@@ -91,7 +91,7 @@ def run_check(
     if output_format == "json":
         text = json.dumps(nan_to_null(found.to_dict()), allow_nan=False, indent=1, ensure_ascii=False) + "\n"
         if output is None:
-            print(text, end="")
+            print(printable_json(text), end="")
         else:
             write_atomically(output, text.encode())
     else:
@@ -116,7 +116,7 @@ def _tolerance(given: str) -> tuple[str, float]:
 
 def _kept(made: Baseline) -> Table:
     """A line a statistic: how many numbers, what may change, what would be found."""
-    table = Table(title=Text("baseline"), title_justify="left")
+    table = Table(title=shown("baseline"), title_justify="left")
     for name in ("statistic", "numbers", "values", "tolerance", "smallest change found", "verdicts"):
         table.add_column(name, justify="left" if name in ("statistic", "verdicts") else "right")
     frame = made.table
@@ -124,12 +124,12 @@ def _kept(made: Baseline) -> Table:
         unit = "" if rows.unit.iloc[0] == "1" else f" {rows.unit.iloc[0]}"
         counts = Counter(verdict for text in rows.verdict for verdict in text.split(", "))
         table.add_row(
-            Text(f"{probe}/{statistic}"),
+            shown(f"{probe}/{statistic}"),
             str(len(rows)),
             _range(rows.value.tolist()) + unit,
             _range(rows.tolerance.tolist()),
             _range(rows.found.tolist()),
-            Text(", ".join(f"{n} {verdict}" for verdict, n in counts.items())),
+            shown(", ".join(f"{n} {verdict}" for verdict, n in counts.items())),
         )
     return table
 
@@ -158,7 +158,7 @@ def _reading(made: Baseline) -> list[str]:
 def _show(found: Check, every: bool, output: Path | None) -> None:
     lines = list(found.lines(every))
     if output is not None:
-        texts = ["\t".join(COLUMNS), *("\t".join(cells) for cells in lines)]
+        texts = ["\t".join(COLUMNS), *("\t".join(map(printable, cells)) for cells in lines)]
         write_atomically(output, ("\n".join(texts) + "\n").encode())
     screen = console()
     if lines:
@@ -170,7 +170,7 @@ def _show(found: Check, every: bool, output: Path | None) -> None:
             )
         for *cells, outcome in lines:
             style = _STYLES.get(outcome.partition(":")[0], "default")
-            table.add_row(*map(Text, cells), Text(outcome, style=style))
+            table.add_row(*map(shown, cells), shown(outcome, style=style))
         screen.print(table)
     if found.new:
         say(screen, f"{len(found.new)} numbers are not in the baseline and were not checked: {_few(found)}")

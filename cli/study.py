@@ -12,10 +12,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from hopeprobe.cli.probing import ProbeOptions, probe_cells
-from hopeprobe.cli.terminal import console, progress, say
+from hopeprobe.cli.terminal import console, progress, say, shown
 from hopeprobe.cli.training import load_data
 from hopeprobe.errors import BadInputError, DivergedError, MeasurementError, near_names
 from hopeprobe.locks import refuse_held, run_lock
@@ -23,6 +22,7 @@ from hopeprobe.model.config import PRESET_LEARNING_RATE
 from hopeprobe.model.grid import Setting, cells, known_cells, run_grid, workers_for
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
+from hopeprobe.report.export import file_name
 from hopeprobe.study import Cell, Comparison, Grid, Table, compare
 from hopeprobe.study.comparison import FIGURES, probed_in
 from hopeprobe.study.grid import REFERENCE
@@ -181,11 +181,11 @@ def show_grids(found: Comparison, screen: Console) -> None:
 
 
 def _table(title: str, content: Table) -> RichTable:
-    table = RichTable(title=Text(title), title_justify="left")
+    table = RichTable(title=shown(title), title_justify="left")
     for i, name in enumerate(content.header):
         table.add_column(name, justify="left" if i == 0 or name in ("finding", "its claim") else "right")
     for *first, claim in content.lines:
-        table.add_row(*map(Text, first), Text(claim, style=_STYLES.get(claim, "default")))
+        table.add_row(*map(shown, first), shown(claim, style=_STYLES.get(claim, "default")))
     return table
 
 
@@ -201,7 +201,7 @@ def run_comparison(folders: Sequence[Path], out: Path | None) -> int:
     if out is not None:
         written = []
         for grid in found.grids:
-            written += write_tables(grid, out if len(found.grids) == 1 else out / grid.preset)
+            written += write_tables(grid, out if len(found.grids) == 1 else out / file_name(grid.preset))
         if len(found.grids) > 1:
             written += write_scaling(found.grids, found.growths, out)
         written += write_claims(found.answers, out)

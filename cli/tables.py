@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from rich.table import Table
-from rich.text import Text
 
 from hopeprobe.cells import COLUMNS, by_probe, lines, notes
+from hopeprobe.cli.terminal import shown
+from hopeprobe.printable import printable
 from hopeprobe.results import Results
 
 _STYLES = {
@@ -26,9 +27,9 @@ def result_tables(results: Results) -> list[Table]:
     for (checkpoint, probe), rows in by_probe(results).items():
         said = notes(rows)
         table = Table(
-            title=Text(f"{probe}  ·  {checkpoint}"),
+            title=shown(f"{probe}  ·  {checkpoint}"),
             title_justify="left",
-            caption=Text("\n".join(said)) if said else None,
+            caption=shown("\n".join(map(printable, said)), lines=True) if said else None,
             caption_justify="left",
         )
         for name in COLUMNS:
@@ -37,6 +38,6 @@ def result_tables(results: Results) -> list[Table]:
             else:
                 table.add_column(name, justify="left" if name == "verdict" else "right", no_wrap=True)
         for *cells, verdict in lines(rows, nulls):
-            table.add_row(*map(Text, cells), Text(verdict, style=_STYLES.get(verdict, "default")))
+            table.add_row(*map(shown, cells), shown(verdict, style=_STYLES.get(verdict, "default")))
         tables.append(table)
     return tables

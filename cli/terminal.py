@@ -9,6 +9,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from hopeprobe.printable import printable
 
 #: Seconds between two plain lines where there is no terminal.
 _PLAIN_EVERY = 15.0
@@ -22,9 +25,17 @@ def console(stderr: bool = False) -> Console:
     return plain if plain.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
 
 
-def say(screen: Console, text: str) -> None:
-    """Print text as it is: brackets in a path are no markup, and a long line is not broken."""
-    screen.print(text, highlight=False, soft_wrap=True, markup=False)
+def say(screen: Console, text: str, lines: bool = False) -> None:
+    """Print text as it is: brackets in a path are no markup, and a long line is not broken.
+
+    Control signs are written out, line breaks too unless `lines` says that the text is ours.
+    """
+    screen.print(printable(text, lines), highlight=False, soft_wrap=True, markup=False)
+
+
+def shown(text: str, style: str = "default", lines: bool = False) -> Text:
+    """Text of a cell or a title, as it is and never obeyed."""
+    return Text(printable(text, lines), style=style)
 
 
 Report = Callable[[str, int, int], None]
@@ -37,12 +48,17 @@ def progress() -> Iterator[Report]:
     if not screen.is_terminal:
         yield _Lines(screen)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=screen) as bar:
         task = bar.add_task("starting", total=None)
 
         def report(description: str, done: int, total: int) -> None:
-            bar.update(task, description=description, completed=done, total=total or None)
+            bar.update(task, description=printable(description), completed=done, total=total or None)
 
         yield report
 

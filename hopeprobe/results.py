@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, overload
 from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.files import write_atomically
+from hopeprobe.printable import no_formula
 from hopeprobe.stats.verdict import CLAIMS, Verdict
 
 if TYPE_CHECKING:
@@ -348,10 +349,15 @@ class Results:
         return write_atomically(path, self.to_json().encode())
 
     def write_csv(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-        """Write the results to `path` and the nulls beside it (`x.nulls.csv`); return both paths."""
+        """Write the results to `path` and the nulls beside it (`x.nulls.csv`); return both paths.
+
+        A text that a spreadsheet would take for a formula has an apostrophe before it.
+        """
         path, nulls = csv_files(path)
-        write_atomically(nulls, self.nulls.to_csv(index=False, lineterminator="\n").encode())
-        write_atomically(path, self.table.to_csv(index=False, lineterminator="\n").encode())
+        for frame, file in ((self.nulls, nulls), (self.table, path)):
+            texts = frame.select_dtypes("object").columns
+            frame[texts] = frame[texts].map(no_formula)
+            write_atomically(file, frame.to_csv(index=False, lineterminator="\n").encode())
         return path, nulls
 
 

@@ -1,7 +1,8 @@
 """From a checkpoint file to a module, as a map's `[model]` says.
 
 Nothing in these files is executed (`torch_files.py`), nor in safetensors files. What is executed is what
-the map names as `build`, imported from the environment or from the working folder.
+the map names as `build`: a map is code. Its module is imported, from the environment or from the working folder, and
+called if it is a class of torch modules or a function that is annotated to give one, and nothing else is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,22 @@ def _imported(name: str, told: str) -> Callable[..., Any]:
         sys.path.remove(here)
     if not callable(found):
         raise BadInputError(f"{told}: {name!r} cannot be called")
+    if not _says_module(found):
+        raise BadInputError(
+            f"{told}: build is {name!r}, which does not say that it gives a torch module, and is not called: name a "
+            "class of torch modules, or a function of yours annotated `-> nn.Module`"
+        )
     return found  # type: ignore[no-any-return]
+
+
+def _says_module(found: Any) -> bool:
+    """Whether it is made to build models: a map of a stranger's would call anything, with arguments that it chooses."""
+    if not isinstance(found, type):
+        try:
+            found = get_type_hints(found).get("return")
+        except (TypeError, NameError, AttributeError):  # it has no annotations, or none that can be read
+            return False
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def _load(inner: nn.Module, spec: Map, content: Mapping[str, Any], path: Path) -> None:

@@ -1,7 +1,7 @@
 """A map: a TOML file that says which modules of a model are which hook points, and how its file becomes a model.
 
     [model]                              # a module in memory needs of it `context` and `tokenizer` alone
-    build = "my_package.models:build"    # package.module:callable, gives the nn.Module; its code is imported and run
+    build = "my_package.models:build"    # package.module:callable, a class of modules, or a function `-> nn.Module`
     arguments = { dim = 64 }             # its keyword arguments, or the key of the file that holds them: "config"
     weights = "model"                    # key of the weights in the file (dots descend); none: the file is the weights
     strip = "_orig_mod."                 # prefix of their names
@@ -33,6 +33,8 @@
     [groups]                             # what weights belong to, and the modules that hold them; the rest is "other"
     "blocks.{layer}.titans" = "layers.{layer}.memory"
     embed = ["token_embedding", "positions"]
+
+A map is code: what it names as `build` is imported and run. Take one from a stranger as you would take a script.
 
 `{layer}` is a number in a module's name. Points are further told `dims` (default "batch pos d_model"; "batch out in" of
 fast weights, with "write" among them where one call gives all writes, and "head" where heads lie in the batch),

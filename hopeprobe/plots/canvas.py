@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, ScalarFormatter
+
+from hopeprobe.printable import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,15 +27,29 @@ PALETTE: list[Any] = sns.color_palette("colorblind")
 class Canvas(Figure):
     """A figure that a notebook shows by itself, pyplot or not."""
 
+    def _as_written(self) -> None:
+        """Every name as it is: none is a formula to typeset, and no sign in it moves others."""
+        for axes in self.axes:
+            for axis in (axes.xaxis, axes.yaxis):
+                if not isinstance(axis.get_major_formatter(), ScalarFormatter | LogFormatter):
+                    for label in axis.get_majorticklabels():
+                        label.set_parse_math(False)
+        for text in self.findobj(Text):
+            if "\\mathdefault" not in text.get_text():
+                text.set_parse_math(False)
+                text.set_text(printable(text.get_text(), lines=True))
+
     def png(self) -> bytes:
         """The figure as a PNG file."""
         image = io.BytesIO()
+        self._as_written()
         self.savefig(image, dpi=DPI, format="png")
         return image.getvalue()
 
     def svg(self) -> bytes:
         """The figure as an SVG file, the same bytes every time."""
         image = io.BytesIO()
+        self._as_written()
         with mpl.rc_context({"svg.hashsalt": "hopeprobe"}):
             self.savefig(image, format="svg", metadata={"Date": None})
         return image.getvalue()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hopeprobe.cells import COLUMNS, by_probe, lines
 from hopeprobe.files import write_atomically
+from hopeprobe.printable import printable
 
 if TYPE_CHECKING:
     import os
@@ -55,9 +56,15 @@ def as_latex(results: Results, checkpoint: str, probe: str) -> str:
     return text
 
 
+_MOST_BYTES = 150  # of a name: file systems take 255, and partial files and suffixes are longer
+
+
 def file_name(name: str) -> str:
     """A name without what a file system, or LaTeX, could take for something else."""
-    return re.sub(r"[^\w.-]+", "-", name.removesuffix(".pt")).strip("-.") or "unnamed"
+    plain = re.sub(r"[^\w.-]+", "-", name.removesuffix(".pt")).strip("-.")
+    while len(plain.encode()) > _MOST_BYTES:
+        plain = plain[:-1]
+    return plain or "unnamed"
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
@@ -92,4 +99,4 @@ _LATEX = {
 
 
 def _latex(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    return "".join(_LATEX.get(sign, sign) for sign in printable(text))

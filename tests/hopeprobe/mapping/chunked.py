@@ -61,6 +61,16 @@ class Model(nn.Module):
         return {"logits": self.head(self.dropout(x))}
 
 
+def lying(**_: object) -> nn.Module:
+    """Says what it does not give."""
+    return {}  # type: ignore[return-value]
+
+
+def failing(**_: object) -> nn.Module:
+    """Is a builder, and cannot be called."""
+    raise TypeError("no model today")
+
+
 def document():
     """What a map of it says, as plain data."""
     memory = "layers.{layer}.memory"

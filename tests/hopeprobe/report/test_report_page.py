@@ -198,3 +198,25 @@ def test_tables_sort_and_unfold_on_paper_in_a_browser(page):
 def test_it_prints(page, tmp_path):
     browse(page, f"--print-to-pdf={tmp_path / 'report.pdf'}")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF-")
+
+
+@needs_chromium
+@pytest.mark.slow  # a browser
+def test_names_that_are_scripts_do_nothing_in_a_browser(tmp_path):
+    names = (
+        "<img src=x onerror=document.title='owned'>", "<script>document.title='owned'</script>",
+        "\"><svg/onload=document.title='owned'>",
+        "javascript:document.title='owned'", "</title><script>document.title='owned'</script>", "{{ 7 * 7 }}",
+    )  # fmt: skip
+    rows = [row(checkpoint=name, component=name, note=name, statistic=name) for name in names]
+    path = write_page(results_of(*rows, missing=names), tmp_path / "report.html", names[0])
+    done = browse(path, "--dump-dom")
+    (title,) = re.findall(r"<title>(.*?)</title>", done.stdout)
+    assert title == "&lt;img src=x onerror=document.title='owned'&gt;"
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert "{{ 7 * 7 }}" in done.stdout
+    acted = tmp_path / "acted.html"
+    acted.write_text(path.read_text().replace("</body>", f"{names[1]}</body>"))
+    assert "<title>owned</title>" in browse(acted, "--dump-dom").stdout, (
+        "a script that was let in would be seen"
+    )
