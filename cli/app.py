@@ -82,7 +82,9 @@ def demo(
 @app.command()
 def train(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoints, metrics.jsonl and run.json.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for checkpoints, metrics, timings and run.json.")
+    ],
     preset: Preset = "tiny",
     variant: Annotated[
         str, typer.Option("--variant", help="Which mechanisms there are: hopeprobe params lists them.")

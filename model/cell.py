@@ -31,7 +31,7 @@ from hopeprobe.model.checkpoint import run_checkpoints
 from hopeprobe.model.config import PRESETS, ModelConfig, from_dict
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
-from hopeprobe.model.metrics import read_metrics
+from hopeprobe.model.metrics import read_metrics, read_timings
 from hopeprobe.model.train import Run, TrainConfig, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, load_tokens
 
@@ -238,11 +238,18 @@ def _of_run(spec: CellSpec, data: TokenData) -> dict[str, Any]:
     began = _began(spec.folder / "run.json")
     return {
         "train_loss": math.fsum(last) / len(last) if last else None,
-        "train_s": math.fsum(per_step / line["tokens_per_s"] for line in lines),
+        "train_s": _seconds(spec.folder, per_step, lines),
         "curve": _curve(lines, spec.train.steps),
         "epochs": TrainWindows(data, spec.model.context, spec.train.batch, 0).epochs(spec.train.steps),
         "first_batch": began["first_batch"],
     }
+
+
+def _seconds(folder: Path, per_step: int, lines: list[dict[str, Any]]) -> float:
+    """What the clock says that the steps took; those that it does not know took nothing."""
+    timed = read_timings(folder)
+    rates = [(timed.get(line["step"]) or line).get("tokens_per_s") for line in lines]  # else of an older run
+    return math.fsum(per_step / rate for rate in rates if rate)
 
 
 def _began(path: Path) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""The record of a run, `metrics.jsonl`: a line a step, cut back to where the run is resumed from."""
+"""The record of a run, `metrics.jsonl`: a line a step, cut back to where the run is resumed from.
+
+The same run on the same machine writes the same bytes. What a clock said is not the same twice: it goes into
+`timings.jsonl` beside it, of which no number depends.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,9 @@ from hopeprobe.documents import read_records
 from hopeprobe.errors import BadInputError
 from hopeprobe.files import append_whole, write_atomically
 from hopeprobe.locks import is_at
+
+CLOCKS = ("tokens_per_s",)
+"""Metrics that a clock gives."""
 
 _MEND = "mend it, or delete the file, and --resume goes on without what it held"
 
@@ -33,6 +40,14 @@ def read_metrics(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
         raise BadInputError(f"{path} is not a record of training ({error}): {_MEND}") from None
 
 
+def read_timings(folder: Path) -> dict[int, dict[str, Any]]:
+    """What clocks said of a run, by step; of a step that was made twice the last time. Empty without a record."""
+    path, found = folder / "timings.jsonl", dict[int, dict[str, Any]]()
+    if path.exists():
+        found.update((step, record) for step, _, record in read_metrics(path))
+    return found
+
+
 class MetricsFile:
     """`metrics.jsonl`; entered, it is cut back to the step a run resumes from, then gets a line a step.
 
@@ -40,22 +55,31 @@ class MetricsFile:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path, self.clocks = folder / "metrics.jsonl", folder / "timings.jsonl"
         self.kept = [line for at, line in self._lines() if at <= step] if step and self.path.exists() else []
+
+        self.timed = [line for at, line in self._times() if at <= step] if step else []
 
     def _lines(self) -> Iterator[tuple[int, str]]:
         return ((step, line) for step, line, _ in read_metrics(self.path))
 
+    def _times(self) -> Iterator[tuple[int, str]]:
+        return ((step, json.dumps(record)) for step, record in read_timings(self.path.parent).items())
+
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
         write_atomically(self.path, "".join(f"{line}\n" for line in self.kept).encode())
-        self.file = self.path.open("ab", buffering=0)
+        write_atomically(self.clocks, "".join(f"{line}\n" for line in self.timed).encode())
+        self.file, self.times = self.path.open("ab", buffering=0), self.clocks.open("ab", buffering=0)
 
         def write(metrics: dict[str, Any]) -> None:
             plain = {
                 k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in metrics.items()
             }
+            times = {k: plain.pop(k) for k in CLOCKS if k in plain}
             with self._writing():
                 append_whole(self.file, json.dumps(plain).encode() + b"\n")
+                if times:
+                    append_whole(self.times, json.dumps({"step": plain["step"], **times}).encode() + b"\n")
 
         return write
 
@@ -84,3 +108,4 @@ class MetricsFile:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        self.times.close()

@@ -1,0 +1,72 @@
+"""The same bytes twice, and what threads and batches can move: less than a millionth of a number's scale.
+
+The scale of a row is its value or the width of its interval, whichever is more: a number about 0 has no other.
+"""
+
+import math
+
+import pytest
+import torch
+
+from hopeprobe.analysis import analyze
+from hopeprobe.probes import PROBES
+
+MOST = 1e-6
+FEW = ("integrity", "meta-fast", "surprise")
+
+
+def scale(row):
+    return max(abs(row.value), 0.0 if math.isnan(row.ci_low) else row.ci_high - row.ci_low)
+
+
+def furthest(results, others):
+    """The largest difference of values and intervals over the row's scale, and where; AssertionError for lost rows."""
+    mine, theirs = ({row.key: row for row in one.rows} for one in (results, others))
+    assert mine.keys() == theirs.keys()
+    worst = (0.0, None)
+    for key, row in mine.items():
+        assert row.verdict == theirs[key].verdict, key
+        assert row.n_tokens == theirs[key].n_tokens, key
+        for name in ("value", "ci_low", "ci_high"):
+            a, b = getattr(row, name), getattr(theirs[key], name)
+            assert math.isnan(a) == math.isnan(b), key
+            if a != b and not math.isnan(a):
+                worst = max(worst, (abs(a - b) / scale(row), (*map(str, key), name)))
+    return worst
+
+
+def measured(run, settings, cache, probes, batch, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return analyze(
+            run / "step-000040.pt", probes, **settings | {"fresh": 0, "cache_dir": cache, "batch": batch}
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def check(run, settings, tmp_path, probes):
+    first = measured(run, settings, tmp_path / "one", probes, 50, 1)
+    assert {row.probe for row in first.rows} == set(probes)
+    for i, (batch, threads) in enumerate(((50, 2), (11, 1))):
+        other = measured(run, settings, tmp_path / f"other-{i}", probes, batch, threads)
+        worst, where = furthest(first, other)
+        assert worst < MOST, (batch, threads, worst, where)
+    return first
+
+
+def test_threads_and_batches_move_a_number_by_less_than_a_millionth(toy_run, settings, tmp_path):
+    first = check(toy_run, settings, tmp_path, FEW)
+    again = measured(toy_run, settings, tmp_path / "anew", FEW, 50, 1)
+    cached = measured(toy_run, settings, tmp_path / "one", FEW, 50, 1)
+    assert first.to_json() == again.to_json() == cached.to_json()
+    row = first.rows[0]
+    object.__setattr__(row, "value", row.value * (1 + 1e-5))  # what the check is for
+    assert furthest(first, again)[0] > MOST
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_that_of_every_probe(toy_run, settings, tmp_path):
+    check(toy_run, settings, tmp_path, tuple(PROBES))
