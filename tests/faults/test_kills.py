@@ -11,6 +11,7 @@ KILLS = 12
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # some seconds a kill, many times that where others compute
 def test_nothing_is_lost_at_random_and_aimed_moments(tmp_path):
     found = kill(KILLS, seed=8, folder=tmp_path, told=False)
     assert found["problems"] == []
