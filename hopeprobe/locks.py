@@ -54,21 +54,15 @@ def run_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
     written.
     """
     target = Path(folder)
-    made = list(itertools.takewhile(lambda each: not os.path.lexists(each), (target, *target.parents)))
-    try:
-        with _held(target / ".lock", target, _OTHER_FOLDER):
-            yield
-    finally:
-        with contextlib.suppress(OSError):  # the first that holds something
-            for each in made:
-                each.rmdir()
+    with _passing(target), _held(target / ".lock", target, _OTHER_FOLDER):
+        yield
 
 
 @contextlib.contextmanager
 def file_lock(file: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a file that is to be written, from before what goes into it is measured. Errors as `run_lock`."""
+    """Hold a file that is to be written, from before what goes into it is measured. As `run_lock` in all else."""
     target = Path(file)
-    with _held(target.with_name(f".{target.name}.lock"), target, "another file"):
+    with _passing(target.parent), _held(target.with_name(f".{target.name}.lock"), target, "another file"):
         yield
 
 
@@ -85,6 +79,18 @@ def refuse_held(folder: str | os.PathLike[str]) -> None:
             raise _in_use(descriptor, Path(folder), _OTHER_FOLDER) from None
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _passing(folder: Path) -> Iterator[None]:
+    """Remove what was made of a folder, and of those above it, if nothing is in it afterwards."""
+    made = list(itertools.takewhile(lambda each: not os.path.lexists(each), (folder, *folder.parents)))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the first that holds something
+            for each in made:
+                each.rmdir()
 
 
 @contextlib.contextmanager
