@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from hopeprobe.files import write_atomically
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
 
     import pandas as pd
     from torch import Tensor
@@ -32,8 +32,14 @@ def export_weights(subject: Subject, path: str | os.PathLike[str]) -> Path:
     """Write all weights as safetensors, bit for bit; its metadata tell step, seed, tokenizer and configuration.
 
     Of a model of ours they tell all that a checkpoint does but what training goes on from: `hopeprobe.load` reads it.
-    Raises BadInputError where the file cannot be written, MissingCapability for a model that names no weights.
+    Raises BadInputError for a name that is another format's and where the file cannot be written, MissingCapability
+    for a model that names no weights.
     """
+    if Path(path).suffix not in ("", ".safetensors"):
+        raise BadInputError(
+            f"{path} is named as {Path(path).suffix} and weights are written as safetensors: name it "
+            f"{Path(path).with_suffix('.safetensors')}"
+        )
     import torch
 
     from hopeprobe.safetensors_files import as_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -53,8 +54,19 @@ def _check_folder(folder: Path, target: Path) -> None:
     if not os.path.isdir(there):
         what = "it" if there == target else there
         raise BadInputError(f"cannot write {target}: {what} is a file, not a folder; choose another place")
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not _writable(there):
         raise BadInputError(f"cannot write {target}: nothing may be written in {there}; choose another place")
+
+
+def _writable(folder: Path) -> bool:
+    """By trying: those who may do anything are told so of file systems that nobody can write to."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        return error.errno in _FULL  # which may change until something is written, and is said better then
 
 
 def _same(one: Path, other: Path) -> bool:

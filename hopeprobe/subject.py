@@ -7,6 +7,7 @@ alone: the default raises `MissingCapability`, and a probe that needs it answers
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -245,8 +246,9 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
         )
         raise BadInputError(f"{file} is a folder; {hint}")
     if not file.exists():
-        near = sorted(p.name for p in file.parent.glob(f"*{file.suffix}"))[:5] if file.parent.is_dir() else []
-        hint = f"; in {file.parent} there are: {', '.join(near)}" if near else ""
+        there = sorted(p.name for p in file.parent.glob(f"*{file.suffix}")) if file.parent.is_dir() else []
+        shown = sorted(difflib.get_close_matches(file.name, there, n=5, cutoff=0.5)) or there[:5]
+        hint = f"; in {file.parent} there are: {', '.join(shown)}" if shown else ""
         raise BadInputError(f"{file} does not exist{hint}")
     if map is not None:
         from hopeprobe.mapping import load_mapped

@@ -113,7 +113,9 @@ def _imported(name: str, told: str) -> Callable[..., Any]:
         for part in attribute.split("."):
             found = getattr(found, part)
     except ImportError as error:
-        raise BadInputError(f"{told}: build is {name!r}, and {error}") from error
+        raise BadInputError(
+            f"{told}: build is {name!r}, and {error}; it is looked for in {here}, and among what is installed"
+        ) from error
     except (AttributeError, ValueError) as error:
         raise BadInputError(f"{told}: build is {name!r}, not 'package.module:callable': {error}") from error
     finally:

@@ -36,6 +36,12 @@ def test_weights_come_back_bit_for_bit(toy_run, tmp_path):
     assert json.loads(told["identity"]) == json.loads(json.dumps(subject.identity()))
 
 
+def test_weights_are_not_named_as_what_they_are_not(subject, tmp_path):
+    with pytest.raises(BadInputError, match=r"w.npz is named as .npz and .* name it .*w.safetensors$"):
+        export_weights(subject, tmp_path / "w.npz")
+    assert not (tmp_path / "w.npz").exists()
+
+
 def test_weights_of_any_type_and_in_one_memory(subject, tmp_path):
     subject.module.register_buffer("narrow", torch.arange(4, dtype=torch.bfloat16))
     subject.module.register_buffer("tied", subject.module.narrow[1:3])

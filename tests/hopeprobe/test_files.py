@@ -207,6 +207,19 @@ def test_a_folder_that_nothing_may_be_written_in(places, monkeypatch):
     check_places([Path("out")])
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no file system here that nobody can write to")
+def test_a_file_system_that_nobody_can_write_to():
+    """To administrators `os.access` says that they may."""
+    with pytest.raises(BadInputError, match="nothing may be written in /proc; choose another place"):
+        check_places([Path("/proc/results.json")])
+
+
+def test_trying_leaves_nothing_behind(places):
+    before = sorted(os.listdir("folder"))
+    check_places([Path("folder/out")], [Path("folder")])
+    assert sorted(os.listdir("folder")) == before
+
+
 def test_what_is_read_is_not_written_over(places):
     os.symlink(Path("file").absolute(), "folder/link")
     for one, other in (

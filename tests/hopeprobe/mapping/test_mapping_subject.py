@@ -271,7 +271,7 @@ def test_files_that_cannot_be_used_are_named(run, of_files, tmp_path, capsys):
     [
         ("build", None, "build is missing"),
         ("build", "chunked:Modl", "build is 'chunked:Modl', not 'package.module:callable'"),
-        ("build", "chunkd:Model", "No module named 'chunkd'"),
+        ("build", "chunkd:Model", "No module named 'chunkd'; it is looked for in "),
         ("build", "chunked", "not 'package.module:callable'"),
         ("build", "chunked:CHUNK", "'chunked:CHUNK' cannot be called"),
         ("build", "chunked:failing", "raised TypeError"),
