@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 
 import jsonschema
 import pytest
 
 from hopeprobe.analysis import analyze
 from hopeprobe.errors import BadInputError
-from hopeprobe.regression import check, make_baseline
-from hopeprobe.results import SCHEMA_VERSION, NullRow, ResultRow, nan_to_null
+from hopeprobe.regression import Baseline, check, make_baseline
+from hopeprobe.results import SCHEMA_VERSION, NullRow, ResultRow, Results, nan_to_null
 from hopeprobe.schemas import NAMES, schema
 
 
@@ -78,6 +80,27 @@ def test_another_document_is_refused(name, change, message, documents):
     document = json.loads(json.dumps(documents[name][0]))
     change(document)
     assert any(message in error for error in errors(name, document))
+
+
+KEPT = Path(__file__).parent / "documents"
+"""Documents as they were once written: what is committed somewhere must go on to be read."""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_results_of_earlier_versions_are_read(version):
+    text = (KEPT / f"results-{version}.json").read_text(encoding="utf-8")
+    results, document = Results.from_json(text), json.loads(text)
+    assert document["schema_version"] == version
+    assert [row.value for row in results.rows] == [record["value"] for record in document["results"]]
+    assert len(results.nulls_by_row()) > 0
+    assert all(math.isnan(row.smallest_effect) for row in results.rows) is (version == 1)
+    assert errors("results", json.loads(results.to_json())) == []
+
+
+def test_a_baseline_that_is_committed_is_read_and_written_as_it_is():
+    text = (KEPT / "baseline-1.json").read_text(encoding="utf-8")
+    assert errors("baseline", json.loads(text)) == []
+    assert json.loads(Baseline.read(KEPT / "baseline-1.json").to_json()) == json.loads(text)
 
 
 def test_a_schema_that_there_is_not():
