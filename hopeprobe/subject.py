@@ -247,8 +247,8 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
         raise BadInputError(f"{file} is a folder; {hint}")
     if not file.exists():
         there = sorted(p.name for p in file.parent.glob(f"*{file.suffix}")) if file.parent.is_dir() else []
-        shown = sorted(difflib.get_close_matches(file.name, there, n=5, cutoff=0.5)) or there[:5]
-        hint = f"; in {file.parent} there are: {', '.join(shown)}" if shown else ""
+        nearest = sorted(difflib.get_close_matches(file.name, there, n=5, cutoff=0.5)) or there[:5]
+        hint = f"; in {file.parent} there are: {', '.join(nearest)}" if nearest else ""
         raise BadInputError(f"{file} does not exist{hint}")
     if map is not None:
         from hopeprobe.mapping import load_mapped
