@@ -38,6 +38,7 @@ def run_analysis(
     output_format: str,
     output: Path | None,
     figures: Path | None,
+    device: str,
 ) -> int:
     """Measure, write, and return the exit status: 3 when a measurement is missing."""
     if output_format not in FORMATS:
@@ -59,6 +60,7 @@ def run_analysis(
             batch=batch,
             gate=gate,
             progress=report,
+            device=device,
         )
     write_results(results, output_format, output)
     if figures is not None:

@@ -17,12 +17,14 @@ from hopeprobe.cli.options import (
     Carry,
     Checkpoint,
     Data,
+    Device,
     Every,
     Gate,
     GateThreshold,
     GateWrites,
     LearningRate,
     MapFile,
+    Precision,
     Preset,
     Probe,
     ProbeOrUsual,
@@ -117,6 +119,14 @@ def train(
         int, typer.Option("--probe-tokens", min=1, help="Scored tokens of each run of the probes.")
     ] = 4096,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, bit for bit.")] = False,
+    device: Device = "auto",
+    precision: Precision = None,
+    capture: Annotated[
+        bool,
+        typer.Option(
+            "--capture/--no-capture", help="On CUDA: record a step, and repeat it where it proves the same."
+        ),
+    ] = True,
 ) -> None:
     """Train a model: checkpoints, one line of metrics a step, resumable."""
     from hopeprobe.cli.gates import gate_config
@@ -142,6 +152,9 @@ def train(
         probes=probe or [],
         probe_every=probe_every,
         probe_tokens=probe_tokens,
+        device=device,
+        precision=precision,
+        capture=capture,
     )
 
 
@@ -165,6 +178,7 @@ def analyze(
         Path | None, typer.Option("--output", help="File to write instead of the terminal.")
     ] = None,
     figures: Annotated[Path | None, typer.Option("--figures", help="Folder to save figures in.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Measure checkpoints with probes; every number has its interval, its nulls and a verdict."""
     from hopeprobe.cli.analysis import run_analysis
@@ -184,6 +198,7 @@ def analyze(
         output_format=output_format,
         output=output,
         figures=figures,
+        device=device,
     )
     raise typer.Exit(code)
 
@@ -212,6 +227,7 @@ def baseline(
             help="STATISTIC=NUMBER or PROBE/STATISTIC=NUMBER: what may change; may be repeated.",
         ),
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """Keep a checkpoint's numbers in a file, or those of several seeds, for `hopeprobe check`."""
     from hopeprobe.cli.gates import gate_rule
@@ -231,6 +247,7 @@ def baseline(
             carry,
             rule,
             tolerance or [],
+            device,
         )
     )
 
@@ -259,12 +276,15 @@ def check(
     github: Annotated[
         bool, typer.Option("--github", help="Print GitHub annotations; by itself in GitHub Actions.")
     ] = False,
+    device: Device = "auto",
 ) -> None:
     """Compare a checkpoint with a baseline: status 0 nothing moved, 1 something did, 3 not all could be measured."""
     from hopeprobe.cli.regression import run_check
 
     raise typer.Exit(
-        run_check(checkpoints, model_map, baseline, data, batch, every, output_format, output, junit, github)
+        run_check(
+            checkpoints, model_map, baseline, data, batch, every, output_format, output, junit, github, device
+        )
     )
 
 
@@ -289,13 +309,16 @@ def report(
         Path | None,
         typer.Option("--files", help="Folder for figures (SVG, PNG) and tables (CSV, LaTeX) as files too."),
     ] = None,
+    device: Device = "auto",
 ) -> None:
     """One page that needs no network: verdicts, figures, tables with their nulls, definitions."""
     from hopeprobe.cli.reporting import run_report
 
-    measuring = given(context, "model_map", "probe", "every", "data", "tokens")
+    measuring = given(context, "model_map", "probe", "every", "data", "tokens", "device")
     raise typer.Exit(
-        run_report(targets, model_map, output, title, probe or [], every, data, tokens, files, measuring)
+        run_report(
+            targets, model_map, output, title, probe or [], every, data, tokens, files, measuring, device
+        )
     )
 
 

@@ -60,6 +60,7 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
             tokens=TOKENS,
             fresh_tokens=FRESH_TOKENS,
             progress=report,
+            device="auto",
         )
     results.write_json(out / "results.json")
     figures = [

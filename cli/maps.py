@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def opened(checkpoints: Sequence[Path], named: str | None) -> list[Path | Subject]:
-    """Checkpoints as they were given, or where a map is named, opened through it."""
+    """Checkpoints as they were given, or where a map is named, opened through it on the CPU."""
     if named is None:
         return list(checkpoints)
     from hopeprobe.subject import load

@@ -42,6 +42,10 @@ WindowsAtOnce = Annotated[
     int | None, typer.Option("--batch", min=1, help="Windows at once; default by the model's context.")
 ]
 
+Device = Annotated[
+    str, typer.Option("--device", help="auto (an accelerator where there is one), cpu, cuda or cuda:N.")
+]
+
 # Which tokens are written.
 Gate = Annotated[
     str | None,
@@ -69,6 +73,12 @@ LearningRate = Annotated[
 ]
 Published = Annotated[
     bool, typer.Option("--published", help="The rule of the public reproduction, which collapses.")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision", help="Of activations: float32 or bf16; default bf16 on an accelerator, else float32."
+    ),
 ]
 TruncateTicks = Annotated[
     int, typer.Option("--truncate-ticks", min=0, help="Cut the outer gradient every N ticks; 0: never.")

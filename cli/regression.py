@@ -39,6 +39,7 @@ def run_baseline(
     carry: str,
     gate: GateRule | None,
     tolerance: list[str],
+    device: str,
 ) -> int:
     """Measure and write; 0."""
     tolerances = dict(map(_tolerance, tolerance))
@@ -55,6 +56,7 @@ def run_baseline(
             gate,
             tolerances,
             progress=report,
+            device=device,
         )
         made.write(output)
     screen = console()
@@ -76,6 +78,7 @@ def run_check(
     output: Path | None,
     junit: Path | None,
     github: bool,
+    device: str,
 ) -> int:
     """Measure, compare, show, and return the exit status."""
     if output_format not in ("table", "json"):
@@ -85,7 +88,7 @@ def run_check(
     kept = Baseline.read(baseline)
     check_places([output, junit], read=kept.settings.data)
     with progress() as report:
-        found = check(opened(checkpoints, model_map), kept, data, batch=batch, progress=report)
+        found = check(opened(checkpoints, model_map), kept, data, batch=batch, progress=report, device=device)
     if junit is not None:
         write_junit(found, junit)
     if output_format == "json":

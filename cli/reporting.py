@@ -31,6 +31,7 @@ def run_report(
     tokens: int,
     files: Path | None,
     measuring: list[str],
+    device: str,
 ) -> int:
     """Measure what is not measured yet, write the page, and return the exit status: 3 when something is missing.
 
@@ -61,7 +62,9 @@ def run_report(
     curves = _curves(folders)
     if checkpoints:
         with progress() as report:
-            measured = analyze(opened(checkpoints, model_map), chosen, data, tokens, progress=report)
+            measured = analyze(
+                opened(checkpoints, model_map), chosen, data, tokens, progress=report, device=device
+            )
         read.insert(0, measured)
     results = joined(read)
     name = title or ", ".join(target.name or str(target.resolve().name) for target in targets)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hopeprobe.cli.terminal import Report, console, progress, say
+from hopeprobe.devices import default_precision, find_device
 from hopeprobe.files import check_places
 from hopeprobe.locks import refuse_held
 from hopeprobe.model.config import PRESET_LEARNING_RATE, GateConfig, preset, published
+from hopeprobe.model.run import RECORD
 from hopeprobe.model.train import Progress, Run, TrainConfig, train
 from hopeprobe.tokens import TokenData, TrainWindows, load_tokens
 
 if TYPE_CHECKING:
+    import torch
+
     from hopeprobe.monitor import Monitor
 
 
@@ -54,8 +60,12 @@ def run_training(
     probes: list[str],
     probe_every: int,
     probe_tokens: int,
+    device: str,
+    precision: str | None,
+    capture: bool,
 ) -> Run:
     """Train as the options say; say at the end what there is."""
+    where = find_device(device)
     config = preset(preset_name, variant)
     config = published(config) if use_published else config
     threshold = config.surprise_threshold if gate[1] is None else gate[1]
@@ -71,6 +81,7 @@ def run_training(
         learning_rate=learning_rate,
         checkpoint_every=checkpoint_every,
         eval_every=eval_every,
+        precision=_precision(precision, where, out if resume else None),
     )
     check_places(folders=[out])
     refuse_held(out)
@@ -88,6 +99,8 @@ def run_training(
             resume=resume,
             progress=training_progress(report, steps),
             each_step=monitor,
+            device=where,
+            capture=capture,
         )
     screen = console()
     if monitor is not None:
@@ -98,6 +111,15 @@ def run_training(
     say(screen, f"{out}: {run.step} steps, {epochs:.2g} epochs of {tokens.name}")
     say(screen, f"next: hopeprobe analyze {out}/step-{run.step:06d}.pt --all")
     return run
+
+
+def _precision(asked: str | None, where: torch.device, resumed: Path | None) -> str:
+    """As asked; else as the run has it that goes on, else what suits the device."""
+    if asked is None and resumed is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # said where it is resumed
+            record = json.loads((resumed / RECORD).read_text(encoding="utf-8"))
+            return str(record["train"].get("precision", TrainConfig.precision))
+    return default_precision(where) if asked is None else asked
 
 
 def _monitor(probes: list[str], data: list[str], every: int, tokens: int) -> Monitor | None:

@@ -43,6 +43,8 @@ from hopeprobe.subject import GateRule, MissingCapability, Subject
 from hopeprobe.tokens import EvalWindows, TokenData
 
 if TYPE_CHECKING:
+    import torch
+
     from hopeprobe.tokens.sources import DataSpec
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -62,6 +64,7 @@ def analyze(
     fresh_tokens: int = FRESH_TOKENS,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    device: str | torch.device | None = None,
 ) -> Results:
     """Measure `probes` on `checkpoints` over the first `tokens` tokens of a split of `data`.
 
@@ -78,6 +81,8 @@ def analyze(
         fresh_tokens: tokens that each of them is measured on, at most.
         cache_dir: where tokens and nulls are kept.
         progress: told what is being done; None for a bar in a notebook, and nothing elsewhere.
+        device: where to measure: cpu, cuda, cuda:N, or auto, an accelerator where there is one; None leaves subjects
+            where they are, and files on the CPU. What is read comes to the host where it is accumulated.
 
     Returns:
         One row for each statistic, layer and component, its nulls beside it. `missing_from(results)` lists
@@ -101,13 +106,13 @@ def analyze(
     made = WindowMaker(data, tokens, split, carry, batch, cache_dir)
     windows_of = []
     for checkpoint in given:
-        subject = open_checkpoint(checkpoint)
+        subject = open_checkpoint(checkpoint, device)
         check_no_hooks(subject)
         windows_of.append(made.windows(subject))
         subject = _gated(subject, gate, windows_of[-1])
     for checkpoint, label, windows in zip(given, labels, windows_of, strict=True):
         # Opened again when there are several: they need not all fit into memory at once.
-        subject = subject if len(given) == 1 else _gated(open_checkpoint(checkpoint), gate, windows)
+        subject = subject if len(given) == 1 else _gated(open_checkpoint(checkpoint, device), gate, windows)
         cache = NullCache.default(cache_dir)
         with progress_of(progress) as told, blas_threads(1):
             run = _Run(subject, label, windows, fresh, fresh_tokens, cache, told, gate)

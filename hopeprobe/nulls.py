@@ -316,6 +316,8 @@ def _key(subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Wher
         "versions": {name: metadata.version(name) for name in ("hopeprobe", "torch")},
         "model": identity,
         "origin": dict(origin),
+        # Another device sums in another order; of the CPU nothing is said, as in keys from before there were others.
+        **({} if str(subject.device) == "cpu" else {"device": str(subject.device)}),
         "windows": where.windows.fingerprint,
         "data": where.windows.data.fingerprint,  # a probe may read the training split too
         "carry": where.windows.carry,

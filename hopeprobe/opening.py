@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from hopeprobe.errors import BadInputError
-from hopeprobe.subject import Subject, load
+from hopeprobe.subject import Subject, load, placed
 from hopeprobe.tokens import EvalWindows, TokenData, load_tokens
 
 if TYPE_CHECKING:
+    import torch
+
     from hopeprobe.tokens.sources import DataSpec
 
 Checkpoints: TypeAlias = "str | os.PathLike[str] | Subject | Iterable[str | os.PathLike[str] | Subject]"
@@ -95,12 +97,17 @@ class WindowMaker:
         return self.loaded[tokenizer]
 
 
-def open_checkpoint(checkpoint: str | os.PathLike[str] | Subject) -> Subject:
-    """Load a path; a subject is one already. Raises BadInputError where there is nothing to open."""
+def open_checkpoint(
+    checkpoint: str | os.PathLike[str] | Subject, device: str | torch.device | None = None
+) -> Subject:
+    """Load a path; a subject is one already, and stays where it is unless a device is named.
+
+    Raises BadInputError where there is nothing to open, or no such device.
+    """
     if isinstance(checkpoint, Subject):
-        return checkpoint
+        return placed(checkpoint, device)
     try:
-        return load(Path(checkpoint))
+        return placed(load(Path(checkpoint)), device)
     except OSError as error:  # a name too long, a folder that may not be entered
         shown = os.fspath(checkpoint)
         if len(shown) > _SHOWN:

@@ -15,10 +15,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from hopeprobe.devices import find_device
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.foreign import what_reads
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hopeprobe.hooks import Hooked
@@ -71,6 +73,7 @@ class Subject:
         trained_steps: optimiser steps behind these weights, None where the file does not say.
         seed: of the initial weights, None where the file does not say.
         dtype: of the weights, for instance "float32".
+        device: where the model computes; tokens come from the host, and what `run` gives may lie there.
     """
 
     module: Hooked
@@ -83,9 +86,14 @@ class Subject:
     trained_steps: int | None = None
     seed: int | None = None
     dtype: str = "float32"
+    device: torch.device | str = "cpu"
 
     def _missing(self, what: str) -> MissingCapability:
         return MissingCapability(f"{self.name}: this model has no {what}")
+
+    def to(self, device: torch.device) -> Subject:
+        """Move the model to a device, with whatever will be made of it: itself, which computes there from now on."""
+        raise self._missing("way to another device")
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -202,8 +210,8 @@ class Subject:
         raise self._missing("run")
 
     def sibling(self, path: Path) -> Subject:
-        """Open another checkpoint of the same run; errors as `load`."""
-        return load(path)
+        """Open another checkpoint of the same run, where this one is; errors as `load`."""
+        return load(path, device=self.device)
 
     def training(self) -> Mapping[str, Any]:
         """How it was trained, as far as known: optimiser, learning rates, data identity, loaded and expected keys.
@@ -218,17 +226,40 @@ class Subject:
         raise self._missing("description that a loader could make it from")
 
 
-def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) -> Subject:  # noqa: A002
+def placed(subject: Subject, device: torch.device | str | None) -> Subject:
+    """A subject on a device, as `find_device` names them; None, and `auto` for one that stays, leave it where it is.
+
+    Raises BadInputError for a device that is not there, or not for this subject.
+    """
+    if device is None:
+        return subject
+    where = find_device(device)
+    if str(where) == str(subject.device):
+        return subject
+    try:
+        return subject.to(where)
+    except MissingCapability as error:
+        if device == "auto":
+            return subject
+        raise BadInputError(f"device {where}: {error}") from None
+
+
+def load(
+    path: str | Path,
+    map: str | Path | Mapping[str, Any] | None = None,  # noqa: A002
+    device: torch.device | str = "cpu",
+) -> Subject:
     """Open a checkpoint: through a map if there is one, else with the first registered loader that knows its kind.
 
     Args:
         path: the file.
         map: how a file of any model becomes one, and which of its modules are which hook points: a map's file, the name
             of a registered one, or its plain data (`hopeprobe.mapping`).
+        device: where it shall compute: cpu, cuda, cuda:N, or auto, which takes an accelerator where there is one.
 
     Raises:
-        BadInputError: there is no such file, it is damaged, no loader knows it (of a kind that an adapter of ours would
-            know, it says what to install), or the map cannot be used.
+        BadInputError: there is no such file, or device, it is damaged, no loader knows it (of a kind that an adapter
+            of ours would know, it says what to install), or the map cannot be used.
 
     """
     file = Path(path)
@@ -253,7 +284,7 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
     if map is not None:
         from hopeprobe.mapping import load_mapped
 
-        return load_mapped(file, map)
+        return placed(load_mapped(file, map), device)
     tried, broken = list[str](), list[str]()
     for entry in entry_points(group=LOADER_GROUP):
         try:
@@ -263,7 +294,7 @@ def load(path: str | Path, map: str | Path | Mapping[str, Any] | None = None) ->
             continue
         subject = loader(file)
         if subject is not None:
-            return subject
+            return placed(subject, device)
         tried.append(entry.name)
     known = f"known kinds: {', '.join(tried)}" if tried else "no loader is installed"
     known += f"; not usable: {', '.join(broken)}" if broken else ""

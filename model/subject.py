@@ -70,11 +70,23 @@ class HopeSubject(Subject):
         self.trained_steps = checkpoint.step if checkpoint else 0
         self.seed = model.seed
         self.dtype = str(model.embed.dtype).removeprefix("torch.")
+        self.device = model.embed.device
+
+    def to(self, device: torch.device) -> HopeSubject:
+        """Move the model to a device."""
+        self.module.to(device)
+        self.device = device
+        return self
+
+    def _there(self, tokens: Tensor) -> Tensor:
+        """Tokens where the model is, looked at before they leave the host."""
+        return self.module.check_tokens(tokens).to(self.device)
 
     @torch.no_grad()
     def run(self, tokens: Tensor, lengths: Tensor | None = None, state: State | None = None) -> WindowLosses:
         """Score windows (B, T + 1) from a fresh state or on from `state`, hooks firing, without an outer gradient."""
-        return WindowLosses(*self.module(tokens, lengths, state))
+        lengths = None if lengths is None else lengths.to(self.device)
+        return WindowLosses(*self.module(self._there(tokens), lengths, state))
 
     def init_state(self, batch: int) -> State:
         """A fresh state of `batch` streams."""
@@ -82,7 +94,7 @@ class HopeSubject(Subject):
 
     def step(self, state: State, tokens: Tensor, next_token: Tensor) -> tuple[Tensor, State]:
         """One tick."""
-        return self.module.step(state, tokens, next_token)
+        return self.module.step(state, self._there(tokens), next_token.to(self.device))
 
     @torch.no_grad()
     def logits(self, state: State, tokens: Tensor) -> Tensor:
@@ -93,11 +105,11 @@ class HopeSubject(Subject):
             raise BadInputError(
                 f"logits are read a tick at a time, {self.tick} tokens, not {tokens.shape[1]}: run() writes in between"
             )
-        return self.module.peek(state._replace(pending=tokens))
+        return self.module.peek(state._replace(pending=self._there(tokens)))
 
     def loss(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy of windows, differentiable."""
-        out = self.module(tokens, lengths)
+        out = self.module(self._there(tokens), None if lengths is None else lengths.to(self.device))
         return cast(Tensor, out.losses.sum() / out.scored.sum())
 
     def replica(self) -> HopeSubject:
@@ -113,7 +125,7 @@ class HopeSubject(Subject):
 
     def reset_rows(self, state: State, rows: Sequence[int]) -> State:
         """Fast weights of the given rows back at their meta weights; what was read (tails, tokens) stays."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=state.pending.device)
+        index = torch.tensor(list(rows), dtype=torch.int64).to(state.pending.device)
         return self._fast_mapped(
             state, lambda now, start: now.index_copy(0, index, start.expand(len(index), *now.shape[1:]))
         )
@@ -231,6 +243,7 @@ class HopeSubject(Subject):
                 )
             weights[FREQUENCIES] = surprisal.to(model.unigram)
         model.load_state_dict(weights)
+        model = self._alike(model)
         checkpoint = self.checkpoint
         if checkpoint is not None:
             checkpoint = dataclasses.replace(checkpoint, config=config, weights=weights)
@@ -238,14 +251,22 @@ class HopeSubject(Subject):
 
     def identity(self) -> Mapping[str, Any]:
         """The configuration, as far as it changes what is computed."""
-        return {"model": "hope", "dtype": self.dtype, "config": self.module.config.to_dict()}
+        rounded = self.module.activations
+        also = {} if rounded is None else {"activations": str(rounded)}
+        return {"model": "hope", "dtype": self.dtype, "config": self.module.config.to_dict()} | also
+
+    def _alike(self, model: HopeModel) -> HopeModel:
+        """Another model of this run where this one is, and with its activations."""
+        model = model.to(self.device)
+        model.activations = self.module.activations
+        return model
 
     def reinitialised(self, seed: int) -> HopeSubject:
         """The same configuration with fresh weights."""
         model = HopeModel(self.module.config, seed, self.module.embed.dtype)
         if model.unigram is not None and self.module.unigram is not None:
-            model.set_frequencies(self.module.unigram)
-        return HopeSubject(model)
+            model.set_frequencies(self.module.unigram.cpu())
+        return HopeSubject(self._alike(model))
 
     def own_init(self) -> Subject:
         """Step-0 weights: rebuilt from config and seed and checked against the stored digest, else the step-0 file."""
@@ -253,7 +274,7 @@ class HopeSubject(Subject):
             return self
         model = initial_model(self.checkpoint)
         if model is not None:
-            return HopeSubject(model)
+            return HopeSubject(self._alike(model))
         for path in self.siblings():
             try:
                 first = read(path)
@@ -261,7 +282,7 @@ class HopeSubject(Subject):
                 continue  # a damaged sibling is no reason to fail: it is as good as absent
             if first is not None and first.step == 0:
                 if digest(first.weights.items()) == self.checkpoint.init_digest:
-                    found = HopeSubject(first.to_model(), first, path)
+                    found = HopeSubject(self._alike(first.to_model()), first, path)
                     same = first.config == self.checkpoint.config
                     return found if same else self._regated(found)
                 break

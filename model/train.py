@@ -16,13 +16,13 @@ import torch
 
 from hopeprobe.devices import find_device
 from hopeprobe.locks import run_lock
+from hopeprobe.model.captured import step_of
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.measure import held_out
 from hopeprobe.model.metrics import MetricsFile
 from hopeprobe.model.run import Run, fresh, resumed, write_run_json
 from hopeprobe.model.train_config import TrainConfig
 from hopeprobe.model.truncation import check_memory
-from hopeprobe.model.update import step_of
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
 
 __all__ = ["Progress", "Run", "TrainConfig", "train"]
@@ -46,12 +46,14 @@ def train(
     callbacks: tuple[Callable[[Run], None], ...] = (),
     each_step: Callable[[Run], Mapping[str, Any] | None] | None = None,
     device: str | torch.device = "auto",
+    capture: bool = True,
 ) -> Run:
     """Train a model in a folder: checkpoints, `metrics.jsonl`, `run.json`.
 
     `callbacks` are called with the run after every checkpoint, so that probes can run inside training; `each_step`
     after every step, and what it gives goes into that step's line of metrics. `device` is auto, cpu, cuda or cuda:N; a
-    run that is resumed may be on another one than before, and is then the same but for roundings.
+    run that is resumed may be on another one than before, and is then the same but for roundings. `capture` lets a CUDA
+    device record a step and repeat it, which is proved on the first ones (`captured.py`).
 
     Raises:
         BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs;
@@ -66,7 +68,9 @@ def train(
         torch.manual_seed(
             config.seed
         )  # torch's own is another in every process, and checkpoints hold its state
-        return _train(model_config, config, data, folder, where, resume, progress, callbacks, each_step)
+        return _train(
+            model_config, config, data, folder, where, capture, resume, progress, callbacks, each_step
+        )
 
 
 def _train(
@@ -75,6 +79,7 @@ def _train(
     data: TokenData,
     folder: Path,
     device: torch.device,
+    capture: bool,
     resume: bool,
     progress: Progress | None,
     callbacks: tuple[Callable[[Run], None], ...],
@@ -93,7 +98,7 @@ def _train(
         run.checkpoint()
         for callback in callbacks:
             callback(run)
-    make_step = step_of(run)
+    make_step = step_of(run, capture)
     with metrics_file as write_line:
         while run.step < config.steps:
             started = time.perf_counter()

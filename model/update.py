@@ -20,7 +20,7 @@ from hopeprobe.model.finite import first_not_finite
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import Watch, norm_ratio
 from hopeprobe.model.run import Run, diverged
-from hopeprobe.model.state import detach_state, on_host
+from hopeprobe.model.state import detach_state
 from hopeprobe.model.truncation import segments
 
 
@@ -169,8 +169,3 @@ def check_finite(run: Run, look: Look, tokens: Tensor) -> None:
             run.step + 1,
             f"the gradient is not finite, in {', '.join(bad[:3]) or 'its norm alone'}{began}",
         )
-
-
-def step_of(run: Run) -> Step:
-    """How a run makes its steps, where its weights are."""
-    return HostStep(run) if on_host(run.model.embed) else DeviceStep(run)

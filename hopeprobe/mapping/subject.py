@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
-from hopeprobe.subject import Subject, WindowLosses
+from hopeprobe.subject import Subject, WindowLosses, placed
 
 from .checks import check_subject, sample_length
 from .code import code_of, settings_of
@@ -193,6 +193,14 @@ class MappedSubject(Subject):
             "arguments": _plain(self._build.arguments if self._build else {}),
         }
         return told | {"code": code, "settings": settings_of(self.module.inner)}
+
+    def to(self, device: torch.device) -> MappedSubject:
+        """Move the module, and initial weights that it was given, to a device."""
+        self.module.inner.to(device)
+        self.device = device
+        if self._initial is not None and self._initial is not self:
+            self._initial = placed(self._initial, device)
+        return self
 
     def reinitialised(self, seed: int) -> MappedSubject:
         """A model built anew."""

@@ -35,8 +35,13 @@ def n_workers(n_batches: int) -> int:
 
 
 def replicas(subject: Subject, n_batches: int) -> list[Subject]:
-    """List the subject, and as many replicas of it as there are threads and batches for, `MOST_WORKERS` in all."""
+    """List the subject, and as many replicas of it as there are threads and batches for, `MOST_WORKERS` in all.
+
+    On a device there are none: its threads are its own.
+    """
     found = [subject]
+    if str(subject.device) != "cpu":
+        return found
     while len(found) < n_workers(n_batches):
         replica = subject.replica()
         if replica is None:

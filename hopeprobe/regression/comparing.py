@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import pandas as pd
+    import torch
 
     from hopeprobe.analysis import Progress
     from hopeprobe.opening import Checkpoints
@@ -195,6 +196,7 @@ def check(
     batch: int | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    device: str | torch.device | None = None,
 ) -> Check:
     """Measure checkpoints as a baseline was measured, and set them against it.
 
@@ -206,6 +208,7 @@ def check(
         batch: as in `hopeprobe.analyze`.
         cache_dir: as there.
         progress: as there.
+        device: as there.
 
     Raises:
         BadInputError: a file that is no baseline, other tokens than the baseline's, several checkpoints beside a
@@ -234,7 +237,7 @@ def check(
         _check_windows(kept, windows)
     results = analyze(
         given, chosen, windows.data, settings.tokens, settings.split, settings.carry, batch, settings.gate,
-        fresh=0, cache_dir=cache_dir, progress=progress,
+        fresh=0, cache_dir=cache_dir, progress=progress, device=device,
     )  # fmt: skip
     return compare(kept, results)
 

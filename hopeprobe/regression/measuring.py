@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Container, Mapping, Sequence
 
+    import torch
+
     from hopeprobe.analysis import Progress
     from hopeprobe.opening import Checkpoints
     from hopeprobe.probes.base import Probe
@@ -51,6 +53,7 @@ def make_baseline(
     fresh: int = 10,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    device: str | torch.device | None = None,
 ) -> Baseline:
     """Measure one checkpoint, or one of each of several seeds, for later checks.
 
@@ -70,6 +73,7 @@ def make_baseline(
         fresh: as there; the verdicts of a baseline rest on it, checks do without.
         cache_dir: as there.
         progress: as there.
+        device: as there.
 
     Raises:
         BadInputError: as `hopeprobe.analyze`; several checkpoints of one seed, or that differ in more than their
@@ -90,6 +94,7 @@ def make_baseline(
         fresh=fresh,
         cache_dir=cache_dir,
         progress=progress,
+        device=device,
     )
     if results.missing:
         raise MeasurementError(f"no baseline was made: {'; '.join(results.missing)}")
@@ -101,7 +106,7 @@ def make_baseline(
         batch = _other_batch(given[0], split, carry, tokens, data, cache_dir)
         again = analyze(
             given, chosen, data, tokens, split, carry, batch, gate=gate, fresh=0, cache_dir=cache_dir,
-            progress=progress,
+            progress=progress, device=device,
         )  # fmt: skip
     names = tuple(probe.name for probe in chosen)
     source = (

@@ -42,6 +42,13 @@ class PretendTensor(torch.Tensor):
     def data_ptr(self):
         return self.held.data_ptr()
 
+    def __deepcopy__(self, memo):
+        made = PretendTensor(self.held.detach().clone())
+        if isinstance(self, torch.nn.Parameter):
+            made = torch.nn.Parameter(made, requires_grad=self.requires_grad)
+        memo[id(self)] = made
+        return made
+
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         return _done(operation, *args, **(kwargs or {}))

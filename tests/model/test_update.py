@@ -11,10 +11,11 @@ from model_toys import TOY
 from pretend import DEVICE, here, looks
 
 from hopeprobe.errors import DivergedError
+from hopeprobe.model.captured import step_of
 from hopeprobe.model.checkpoint import read, step_path
 from hopeprobe.model.run import fresh
 from hopeprobe.model.train import TrainConfig, train
-from hopeprobe.model.update import HostStep, step_of
+from hopeprobe.model.update import HostStep
 from hopeprobe.tokens import TokenData
 
 MODEL = dataclasses.replace(TOY, vocab_size=53, context=16, embed_std=0.1, layers=1)
