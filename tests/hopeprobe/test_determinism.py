@@ -1,6 +1,7 @@
 """The same bytes twice, and what threads and batches can move: less than a millionth of a number's scale.
 
-The scale of a row is its value or the width of its interval, whichever is more: a number about 0 has no other.
+The scale of a row is its value or the width of its interval, whichever is more: a number about 0 has no other. Of a
+difference between conditions it is at least a nat, that of the losses which are subtracted.
 """
 
 import math
@@ -16,7 +17,8 @@ FEW = ("integrity", "meta-fast", "surprise")
 
 
 def scale(row):
-    return max(abs(row.value), 0.0 if math.isnan(row.ci_low) else row.ci_high - row.ci_low)
+    width = 0.0 if math.isnan(row.ci_low) else row.ci_high - row.ci_low
+    return max(abs(row.value), width, 1.0 if " - " in row.condition else 0.0)
 
 
 def furthest(results, others):
