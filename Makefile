@@ -9,7 +9,7 @@ INTEROP_INSTALLED := .venv-interop/.installed
 # Tests run two at a time, so each keeps to one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-peers peers test-interop interop reconstruction reference lint types format bench clean
+.PHONY: demo test test-slow test-peers peers test-interop interop reconstruction reference lint types audit fuzz format bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -72,6 +72,16 @@ types: $(INSTALLED)
 	cd build/types/site && PYTHONPATH=. ../../../$(BIN)/python -c "import hopeprobe.cli, hopeprobe.model as m; assert m.__file__.startswith('$(CURDIR)/build/types/site'), m.__file__"
 	cd build/types/site && ../../../$(BIN)/mypy --config-file ../../../pyproject.toml -p hopeprobe
 
+# Some five thousand changed files; the record is kept.
+fuzz: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --each 300 --record tests/fuzz/record.json
+
+# An environment of its own: what audits is not what is audited. Where no service can be asked it says so, and is no failure.
+audit:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/python tests/audit.py constraints.txt constraints-interop.txt constraints-peers.txt
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -80,4 +90,4 @@ bench: $(INSTALLED) $(PEERS_INSTALLED)
 	$(PEERS)/python tests/benchmarks/run.py --environment $(BIN)
 
 clean:
-	rm -rf .venv .venv-peers .venv-interop build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers .venv-interop .venv-audit build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
