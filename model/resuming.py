@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,9 @@ def restore(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     groups, state = given.get("param_groups"), given.get("state")
     if not isinstance(groups, list) or not isinstance(state, Mapping):
         raise _unfit("it has no param_groups or no state")
-    if [_shape(group) for group in groups] != [_shape(group) for group in fresh["param_groups"]]:
-        raise _unfit("its groups of parameters are others")
+    ours = [_told({**group, "lr": 0.0}) for group in fresh["param_groups"]]
+    if [_told(group) for group in groups] != ours:
+        raise _unfit("its groups of parameters, or what they are set to, are others")
     for index, moments in state.items():
         if not isinstance(index, int) or not 0 <= index < len(parameters):
             raise _unfit(f"there is no parameter {index!r:.40}")
@@ -43,14 +45,16 @@ def _unfit(why: str) -> BadInputError:
     return BadInputError(f"its optimiser or generator is not that of its model: {why}")
 
 
-def _shape(group: Any) -> object:
-    """What two groups of one optimiser share: the parameters, and the kind of each number and switch."""
-    if not isinstance(group, Mapping):
+def _told(group: Any) -> object:
+    """What a group says, but for the rate, which each step sets, and how updates are computed, which is the device's."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("lr"), int | float):
         return None
-    # How updates are computed differs by device, and with it what holds the rate.
-    told = {key: value for key, value in group.items() if key not in ("params", "lr", *optimizers.HOW)}
-    kinds = {key: float if type(value) is int else type(value) for key, value in told.items()}
-    return group.get("params"), sorted((str(key), kind.__name__) for key, kind in kinds.items())
+    try:
+        return json.dumps(
+            {k: v for k, v in group.items() if k not in ("lr", *optimizers.HOW)}, sort_keys=True
+        )
+    except (TypeError, ValueError, RecursionError):  # a tensor, or keys of several kinds
+        return None
 
 
 def _check_moments(moments: Any, parameter: Tensor) -> None:
