@@ -46,7 +46,7 @@ def _unfit(why: str) -> BadInputError:
 
 
 def _told(group: Any) -> object:
-    """What a group says, but for the rate, which each step sets, and how updates are computed, which is the device's."""
+    """What a group says, but for the rate, which each step sets, and how a device computes updates."""
     if not isinstance(group, Mapping) or not isinstance(group.get("lr"), int | float):
         return None
     try:

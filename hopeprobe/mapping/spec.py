@@ -156,7 +156,7 @@ def read_map(path: str | Path) -> Map:
         raise BadInputError(
             f"cannot read the map {file}: {error.strerror or type(error).__name__}"
         ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of which what is not TOML, or no text, is one
         raise BadInputError(f"the map {file} is not TOML: {error}") from error
     if not document:
         raise BadInputError(f"the map {file} is empty: it needs [model] and [points]")
