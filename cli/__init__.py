@@ -1,7 +1,7 @@
 """The command line: thin, quick to start, and every error in one line with a status that scripts can rely on.
 
 0 done, 1 a regression was found, 2 bad input, 3 a measurement could not be made, 4 training diverged, 130 interrupted.
-`--debug` shows the traceback.
+`--debug` shows the traceback. Of several ranks one says what went wrong (`cli/several.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 _INTERRUPTED = 130
 
@@ -58,18 +59,32 @@ def run(arguments: list[str]) -> int:
 def _run(arguments: list[str], debug: bool) -> int:
     import typer
 
+    from hopeprobe import ranks
     from hopeprobe.cli.app import app
     from hopeprobe.errors import HopeprobeError
     from hopeprobe.printable import message
 
+    def command() -> Any:
+        return typer.main.get_command(app).main(arguments, prog_name="hopeprobe", standalone_mode=False)
+
     # typer brings a click of its own in some versions; its exceptions are found from what typer exports.
     usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
-        result = typer.main.get_command(app).main(arguments, prog_name="hopeprobe", standalone_mode=False)
+        if ranks.launched():
+            from hopeprobe.cli.several import as_rank
+
+            result = as_rank(arguments, command)
+        else:
+            result = command()
     except HopeprobeError as error:
         if debug:
             raise
-        print(f"hopeprobe: {message(str(error))}", file=sys.stderr)
+        if ranks.speaks():
+            print(f"hopeprobe: {message(str(error))}", file=sys.stderr)
+        if ranks.launched():
+            from hopeprobe.cli.several import wait_for_the_cause
+
+            wait_for_the_cause(error)
         return error.exit_code
     except typer.Abort as error:
         raise KeyboardInterrupt from error
@@ -80,14 +95,16 @@ def _run(arguments: list[str], debug: bool) -> int:
         if debug:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"hopeprobe: {message(f'{where}{error.strerror or error}')}", file=sys.stderr)
+        if ranks.speaks():
+            print(f"hopeprobe: {message(f'{where}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except Exception as error:
         if signal.getsignal(signal.SIGINT) is _leave:  # some libraries make another error of an interrupt
             raise KeyboardInterrupt from error
         if not isinstance(error, usage_error):
             raise  # a defect of ours shows its traceback
-        error.show()  # type: ignore[attr-defined]
+        if ranks.speaks():
+            error.show()  # type: ignore[attr-defined]
         return int(error.exit_code)  # type: ignore[attr-defined]
     if result == _INTERRUPTED:  # some versions of typer turn an interrupt into this status themselves
         return _interrupted()
@@ -95,7 +112,10 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _interrupted() -> int:
-    print("hopeprobe: interrupted; every file written so far is whole", file=sys.stderr)
+    from hopeprobe import ranks
+
+    if ranks.speaks():
+        print("hopeprobe: interrupted; every file written so far is whole", file=sys.stderr)
     return _INTERRUPTED
 
 

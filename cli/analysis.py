@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hopeprobe import ranks
 from hopeprobe.analysis import analyze, chosen_probes, missing_from
 from hopeprobe.cli.maps import opened
 from hopeprobe.cli.tables import result_tables
@@ -48,7 +49,8 @@ def run_analysis(
         raise BadInputError("--format csv writes two tables, results and nulls: name the file with --output")
     chosen = asked_probes(probes, every)
     tables = csv_files(output) if output_format == "csv" and output is not None else (output,)
-    check_places(tables, [figures], [*checkpoints, *data])
+    if ranks.first():
+        check_places(tables, [figures], [*checkpoints, *data])
     with progress() as report:
         results = analyze(
             opened(checkpoints, model_map),
@@ -62,8 +64,9 @@ def run_analysis(
             progress=report,
             device=device,
         )
-    write_results(results, output_format, output)
-    if figures is not None:
+    if ranks.first():
+        write_results(results, output_format, output)
+    if figures is not None and ranks.first():
         for path in save_figures(results, figures):
             say(console(stderr=True), f"figure: {path}")
     return report_missing(results)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from hopeprobe import ranks
 from hopeprobe.printable import printable
 
 #: Seconds between two plain lines where there is no terminal.
@@ -20,9 +21,9 @@ PLAIN_WIDTH = 150
 
 
 def console(stderr: bool = False) -> Console:
-    """A console that never wraps tables to 80 columns in a file."""
-    plain = Console(stderr=stderr)
-    return plain if plain.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+    """A console that never wraps tables to 80 columns in a file; of several ranks one is heard."""
+    plain = Console(stderr=stderr, quiet=not ranks.first())
+    return plain if plain.is_terminal else Console(stderr=stderr, quiet=plain.quiet, width=PLAIN_WIDTH)
 
 
 def say(screen: Console, text: str, lines: bool = False) -> None:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hopeprobe import ranks
 from hopeprobe.cli.terminal import Report, console, progress, say
 from hopeprobe.devices import default_precision, find_device
 from hopeprobe.files import check_places
@@ -83,8 +84,9 @@ def run_training(
         eval_every=eval_every,
         precision=_precision(precision, where, out if resume else None),
     )
-    check_places(folders=[out])
-    refuse_held(out)
+    if ranks.first():
+        check_places(folders=[out])
+        refuse_held(out)
     monitor = _monitor(probes, data, probe_every, probe_tokens)
     with progress() as report:
         tokens = load_data(data, report)

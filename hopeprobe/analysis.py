@@ -4,6 +4,8 @@ One pass over the data for each model and condition feeds all probes. A probe th
 its rows out and says why (`missing_from`); everything else is still there. Cost, in passes over the tokens:
 one for the checkpoint, one for its own initial weights, and K + 1 times 4,096 tokens for the fresh ones and
 the checkpoint beside them; all but the first are cached.
+
+Several ranks share all passes out (`hopeprobe.ranks`), and have the same results.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from hopeprobe import ranks
 from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
 from hopeprobe.notebook import progress_of
 from hopeprobe.nulls import (
@@ -30,7 +34,15 @@ from hopeprobe.nulls import (
     own_init_estimates,
     plain_values,
 )
-from hopeprobe.opening import Checkpoints, WindowMaker, as_list, check_no_hooks, labelled, open_checkpoint
+from hopeprobe.opening import (
+    Checkpoints,
+    WindowMaker,
+    as_list,
+    check_alike,
+    check_no_hooks,
+    labelled,
+    open_checkpoint,
+)
 from hopeprobe.probes import PROBES, get_probe
 from hopeprobe.probes.base import Finding, Measurement, Place, Probe, value_without_tokens
 from hopeprobe.probes.left_out import MOST, LeftOut, WindowsNotFiniteError, check_live, noted, said
@@ -165,6 +177,7 @@ class _Run:
     def measure(self, probes: Sequence[Probe]) -> None:
         """Fill `rows`, `null_rows` and `missing`; a few windows that are not finite are left out of all of it."""
         initial, whole = self._initial(), self.windows
+        check_alike(self.subject, self.label, self.windows, self.own_init)
         while True:
             try:
                 self._measure(probes, initial)
@@ -202,10 +215,11 @@ class _Run:
     def measure_together(self, probes: Sequence[Probe], initial: Subject | None) -> None:
         """Measure probes that apply on the same tokens."""
         findings = self._of_tokens(probes, initial)
-        for probe in probes:
+        of_models = ranks.dealt([partial(p.of_model, self.subject, initial, self.windows) for p in probes])
+        for probe, of_model in zip(probes, of_models, strict=True):
             found = findings[probe.name]
             try:
-                more = probe.of_model(self.subject, initial, self.windows)
+                more = of_model.get()
                 found += [one if isinstance(one, Finding) else Finding(one) for one in more]
             except MissingCapability as error:
                 # Of a probe that measures something else too, this part is missing.

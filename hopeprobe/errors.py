@@ -1,7 +1,8 @@
 """Errors that reach a person: each says what is wrong with which file, and what to do.
 
 Every one carries the exit status of the command line (design, section 7): 2 for bad input, 3 for a measurement that
-could not be made, 4 for training that diverged. Anything else that escapes is a defect of ours and shows its traceback.
+could not be made or a process that was lost, 4 for training that diverged. Anything else that escapes is a defect of
+ours and shows its traceback.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class DivergedError(HopeprobeError):
     """Training met a value that is not finite (exit 4)."""
 
     exit_code = 4
+
+
+class LostRankError(HopeprobeError):
+    """One of several processes that work as one ended, or does not answer (exit 3)."""
+
+    exit_code = 3
 
 
 def near_names(name: str, known: Iterable[str], n: int = 3) -> str:

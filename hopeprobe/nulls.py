@@ -4,7 +4,8 @@ own-init: every row on the run's own step-0 weights, all tokens, with the influe
 needs. fresh-init: the plain values on K re-initialisations, on a prefix of the tokens.
 
 A cache file is named by the SHA-256 of what it depends on, the code included, written whole, and carries a
-digest of its content: one that is damaged is computed again, never trusted. Files may be deleted at any time.
+digest of its content: one that is damaged is computed again, never trusted. Files may be deleted at any time. Of
+several ranks rank 0 alone looks there and keeps something: all must compute the same ones together.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from hopeprobe import ranks
 from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import MeasurementError
 from hopeprobe.probes.base import Finding, NullValue, Place, Probe
@@ -272,8 +274,7 @@ def _measure(
     nulls = Nulls()
     todo: dict[str, dict[str, Any]] = {}
     for probe in probes:
-        key = _key(subject, origin, probe, where)
-        kept = _decode(where.cache.load(key)) if key else None
+        key, kept = ranks.on_first(functools.partial(_kept, subject, origin, probe, where))
         if kept is None:
             todo[probe.name] = key
         else:
@@ -283,9 +284,16 @@ def _measure(
         for name, key in todo.items():
             nulls.values[name] = rows.found.get(name, {})
             nulls.failed[name] = {**rows.lacking.get(name, {}), **rows.failed.get(name, {})}
-            if key and not nulls.failed[name]:
+            if key and not nulls.failed[name] and ranks.first():
                 where.cache.save(key, _encode(nulls.values[name]))
     return nulls
+
+
+def _kept(
+    subject: Subject, origin: Mapping[str, Any], probe: Probe, where: _Where
+) -> tuple[dict[str, Any], dict[RowKey, Any] | None]:
+    key = _key(subject, origin, probe, where)
+    return key, _decode(where.cache.load(key)) if key else None
 
 
 def _estimates(model: Subject, probes: Sequence[Probe], where: _Where) -> Rows[Estimate]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from hopeprobe import ranks
 from hopeprobe.errors import BadInputError
-from hopeprobe.subject import Subject, load, placed
+from hopeprobe.subject import MissingCapability, Subject, load, placed
 from hopeprobe.tokens import EvalWindows, TokenData, load_tokens
 
 if TYPE_CHECKING:
@@ -124,6 +127,24 @@ def check_no_hooks(subject: Subject) -> None:
             f"{subject.name} has hooks on it, at {shown}, and nulls are measured without them; take them off "
             "before analysing (handle.remove(), or leave the `with`)"
         )
+
+
+def check_alike(subject: Subject, label: str, windows: EvalWindows, own_init: str) -> None:
+    """Raise BadInputError where several ranks are about to measure one checkpoint and it is not the same on all."""
+    if ranks.size() == 1:
+        return
+    from hopeprobe.nulls import weights_digest
+
+    with contextlib.suppress(MissingCapability):
+        ranks.agreed({f"weights of {label}": weights_digest(subject)})
+    ranks.agreed(
+        {
+            "version of hopeprobe and torch": [metadata.version(name) for name in ("hopeprobe", "torch")],
+            "text": windows.data.fingerprint,
+            "choice of windows": windows.fingerprint,
+            "own-init": own_init,
+        }
+    )
 
 
 def _check_vocabulary(subject: Subject, data: TokenData) -> None:

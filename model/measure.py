@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from hopeprobe import ranks
 from hopeprobe.hooks import HookPoint
 from hopeprobe.model.block import Block
 from hopeprobe.model.hope import HopeModel
@@ -65,7 +66,7 @@ def gate_points(model: HopeModel) -> list[str]:
 
 @torch.no_grad()
 def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> HeldOut:
-    """Score windows, each from a fresh state; `frozen` closes every write gate."""
+    """Score windows, each from a fresh state; `frozen` closes every write gate. Ranks share the windows out."""
     total, lowest, count = 0.0, math.inf, 0
     points, passed = gate_points(model), list[Tensor]()
     device = model.embed.device
@@ -76,15 +77,17 @@ def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> He
     hooks: list[Any] = [(points, gather)] if points else []
     hooks += freeze_hooks(model) if frozen else []
     with model.hooks(fwd_hooks=hooks, allow_unfired=True):
-        for batch in windows:
+        for batch in ranks.shared(windows):
             tokens = model.check_tokens(torch.from_numpy(batch.tokens)).to(device)
             out = model(tokens, torch.from_numpy(batch.lengths).to(device))
             losses = out.losses.cpu()[out.scored.cpu()]
             total += float(losses.double().sum())
             lowest = min(lowest, float(losses.min()))
             count += len(losses)
-    share = math.fsum(torch.stack(passed).cpu().tolist()) / (count * len(points)) if points else math.nan
-    return HeldOut(total / count, lowest, share)
+    open_gates = math.fsum(torch.stack(passed).cpu().tolist()) if passed else 0.0
+    totals, lows, counts, opened = zip(*ranks.gathered((total, lowest, count, open_gates)), strict=True)
+    share = math.fsum(opened) / (sum(counts) * len(points)) if points else math.nan
+    return HeldOut(math.fsum(totals) / sum(counts), min(lows), share)
 
 
 class Watch:

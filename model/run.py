@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import hopeprobe
+from hopeprobe import ranks
 from hopeprobe.devices import device_name
 from hopeprobe.errors import BadInputError, DivergedError
 from hopeprobe.files import write_atomically
@@ -56,12 +58,13 @@ class Run:
         return found
 
     def checkpoint(self) -> Path:
-        """Write the checkpoint of the current step; `DivergedError` instead where a weight is not finite."""
+        """Write the checkpoint of the current step, on rank 0; `DivergedError` instead where a weight is not finite."""
         bad = [n for n, p in self.model.named_parameters() if not p.isfinite().all()]
         if bad:  # finite gradients can do that, where the rate is absurd
             raise diverged(self, self.step, f"the update made {', '.join(bad[:3])} not finite")
         path = step_path(self.folder, self.step)
-        save(path, self._record(full=self.config.resumable(self.step)))
+        if ranks.first():
+            save(path, self._record(full=self.config.resumable(self.step)))
         return path
 
     def _record(self, full: bool) -> Checkpoint:
@@ -138,14 +141,55 @@ def resumed(
             f"{folder} has gone {checkpoint.step} steps already, more than the {config.steps} asked for: take at "
             "least as many, or choose another --out"
         )
+    return _continued(checkpoint, config, data, folder, device)
+
+
+def _continued(
+    checkpoint: Checkpoint, config: TrainConfig, data: TokenData, folder: Path, device: torch.device
+) -> Run:
     model = checkpoint.to_model().to(device)
     model.activations = activation_dtype(config.precision)
     optimizer = make_optimizer(model, config)
     try:
         restore(checkpoint, optimizer)
     except BadInputError as error:
+        path = step_path(folder, checkpoint.step)
         raise BadInputError(f"{path}: {error}. Delete it, and --resume goes on from the one before") from None
     return Run(model, optimizer, config, data, folder, checkpoint.init_digest, checkpoint.step)
+
+
+def on_all_ranks(
+    begin: Callable[..., Run],
+    model_config: ModelConfig,
+    config: TrainConfig,
+    data: TokenData,
+    folder: Path,
+    device: torch.device,
+) -> Run:
+    """Begin a run on rank 0, which alone looks into its folder, and take it over from there on all others.
+
+    Raises `BadInputError` where ranks were told different things, or read different text; else as `begin`.
+    """
+    if ranks.size() == 1:
+        return begin(model_config, config, data, folder, device)
+    ranks.agreed(
+        {
+            "version of hopeprobe and torch": (hopeprobe.__version__, torch.__version__),
+            "model configuration": model_config.to_dict(),
+            "training configuration": dataclasses.asdict(config),
+            "text": data.fingerprint,
+            "kind of device": device.type,
+        }
+    )
+    begun: list[Run] = []
+
+    def begin_here() -> Checkpoint:
+        begun.append(begin(model_config, config, data, folder, device))
+        record = begun[0]._record(full=True)
+        return dataclasses.replace(record, weights={k: v.cpu() for k, v in record.weights.items()})
+
+    checkpoint = ranks.on_first(begin_here)
+    return begun[0] if begun else _continued(checkpoint, config, data, folder, device)
 
 
 #: What a resumed run may have different without ceasing to be the same run.
@@ -205,6 +249,7 @@ def write_run_json(run: Run, windows: TrainWindows) -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": device_name(run.model.embed.device),
+        "ranks": ranks.size(),
         "model": run.model.config.to_dict(),
         "train": dataclasses.asdict(run.config),
         "data": run.data.identity(),

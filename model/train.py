@@ -1,26 +1,31 @@
 """Training: AdamW over packed windows, checkpoints on a schedule, metrics a line a step, resumable bit for bit.
 
 The data order is a function of seed and step, nothing in the forward pass draws random numbers, and a checkpoint holds
-the optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine and thread
-count; on a device, whose sums may come in any order, within their rounding).
+the optimiser: a run that was killed and resumed writes the same bytes as one that was not (on one machine, thread
+count and number of ranks; on a device, whose sums may come in any order, within their rounding).
+
+Several ranks (`hopeprobe.ranks`) cut each batch over themselves; rank 0 writes. A run may be resumed by another number.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from hopeprobe import ranks
 from hopeprobe.devices import find_device
 from hopeprobe.locks import run_lock
+from hopeprobe.model import parallel
 from hopeprobe.model.captured import step_of
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.measure import held_out
-from hopeprobe.model.metrics import MetricsFile
-from hopeprobe.model.run import Run, fresh, resumed, write_run_json
+from hopeprobe.model.metrics import MetricsFile, Unwritten
+from hopeprobe.model.run import Run, fresh, on_all_ranks, resumed, write_run_json
 from hopeprobe.model.train_config import TrainConfig
 from hopeprobe.model.truncation import check_memory
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows
@@ -51,9 +56,10 @@ def train(
     """Train a model in a folder: checkpoints, `metrics.jsonl`, `run.json`.
 
     `callbacks` are called with the run after every checkpoint, so that probes can run inside training; `each_step`
-    after every step, and what it gives goes into that step's line of metrics. `device` is auto, cpu, cuda or cuda:N; a
-    run that is resumed may be on another one than before, and is then the same but for roundings. `capture` lets a CUDA
-    device record a step and repeat it, which is proved on the first ones (`captured.py`).
+    after every step, and what it gives goes into that step's line of metrics; on several ranks all call all of them.
+    `device` is auto, cpu, cuda or cuda:N; a run that is resumed may be on another one than before, and is then the same
+    but for roundings. `capture` lets a CUDA device record a step and repeat it, which is proved on the first ones
+    (`captured.py`).
 
     Raises:
         BadInputError: the folder holds a run already (without `resume`) or none (with it); the configuration differs;
@@ -62,9 +68,11 @@ def train(
         checkpoint stays.
     """
     where = find_device(device)
-    check_memory(model_config, config.batch, where)
+    parallel.rows(config.batch)  # which refuses more ranks than windows
+    check_memory(model_config, parallel.rows_together(config.batch, where), where)
     forked = [where] if where.type == "cuda" else []
-    with run_lock(folder), torch.random.fork_rng(forked):  # the caller's generators stay as they were
+    lock = run_lock(folder) if ranks.first() else nullcontext()
+    with lock, torch.random.fork_rng(forked):  # the caller's generators stay as they were
         torch.manual_seed(
             config.seed
         )  # torch's own is another in every process, and checkpoints hold its state
@@ -88,17 +96,16 @@ def _train(
     train_windows = TrainWindows(data, model_config.context, config.batch, config.seed)
     unseen = _unseen(data, model_config, config)
     begin = resumed if resume else fresh
-    run = begin(model_config, config, data, folder, device)
+    run = on_all_ranks(begin, model_config, config, data, folder, device)
     due = config.checkpoint_steps()
-    metrics_file = MetricsFile(folder, run.step)
-    write_run_json(
-        run, train_windows
-    )  # the first that is written: where it is, the run goes on with `resume`
+    metrics_file = MetricsFile(folder, run.step) if ranks.first() else Unwritten()
+    if ranks.first():  # the first that is written: where it is, the run goes on with `resume`
+        write_run_json(run, train_windows)
     if run.step == 0:
         run.checkpoint()
         for callback in callbacks:
             callback(run)
-    make_step = step_of(run, capture)
+    make_step = parallel.RankStep(run) if ranks.size() > 1 else step_of(run, capture)
     with metrics_file as write_line:
         while run.step < config.steps:
             started = time.perf_counter()
@@ -125,6 +132,7 @@ def _train(
             if progress is not None:
                 progress(run.step, metrics)
             if run.step in due:
+                parallel.check_weights(run.model)
                 metrics_file.sync()
                 run.checkpoint()
                 for callback in callbacks:

@@ -20,6 +20,7 @@ ALLOWED = {
         "hopeprobe.torch_files",
         "hopeprobe.safetensors_files",
         "hopeprobe.documents",
+        "hopeprobe.ranks",
     },
     "cli": {"hopeprobe"},
 }

@@ -13,7 +13,7 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -243,6 +243,17 @@ class Accumulator(ABC):
         The accumulator's rows must then say so: `no-signal`, without a value.
         """
         return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that updates have changed, and so all that `merge` takes from another: what is sent to another rank.
+
+        Whoever keeps more than moments extends all three.
+        """
+        return {"moments": self.moments}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace what updates have changed."""
+        self.moments = dict(state["moments"])
 
     def merge(self, other: Accumulator) -> None:
         """Add another accumulator's tokens, those of another rank or split. Raises ValueError as moments do."""

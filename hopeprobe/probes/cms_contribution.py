@@ -39,6 +39,7 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+from hopeprobe import ranks
 from hopeprobe.conditions import LIVE, Condition, as_tensors
 from hopeprobe.stats import GroupedMean, Verdict
 from hopeprobe.stats.arrays import as_bool
@@ -80,7 +81,6 @@ def mean_deltas(subject: Subject, windows: EvalWindows) -> dict[str, FloatArray]
     names = [
         _point(layer, level) for layer, of in levels_of(subject.module.hook_dict).items() for level in of
     ]
-    means: dict[str, GroupedMean] = {}
 
     def run(one: Subject, batch: EvalBatch) -> tuple[Tensor, ActivationCache]:
         with one.module.caching(names) as cache:
@@ -88,13 +88,26 @@ def mean_deltas(subject: Subject, windows: EvalWindows) -> dict[str, FloatArray]
         return scored, cache
 
     workers = replicas(subject, windows.n_windows)
-    for batch, (scored, cache) in side_by_side(run, workers, windows.shared_by(len(workers))):
-        for name in names:
-            mask = as_bool(scored)
-            delta = finite_vectors(cache, name, mask)
-            mean = means.setdefault(name, GroupedMean((delta.shape[-1],)))
-            mean.update(delta, mask, batch.group)
+    own = ranks.shared(windows.shared_by(ranks.on_first(lambda: len(workers))))
+
+    def gather() -> dict[str, GroupedMean]:
+        means: dict[str, GroupedMean] = {}
+        for batch, (scored, cache) in side_by_side(run, workers, own):
+            for name in names:
+                mask = as_bool(scored)
+                delta = finite_vectors(cache, name, mask)
+                mean = means.setdefault(name, GroupedMean((delta.shape[-1],)))
+                mean.update(delta, mask, batch.group)
+        return means
+
+    means = ranks.folded(gather, _merged)
     return {name: mean.compute().pooled().mean()[0] for name, mean in means.items()}
+
+
+def _merged(means: dict[str, GroupedMean], others: dict[str, GroupedMean]) -> dict[str, GroupedMean]:
+    for name, mean in others.items():  # those of a rank that had no windows are not there
+        means[name].merge(mean)
+    return means
 
 
 @functools.cache

@@ -48,7 +48,7 @@ import math
 import re
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -215,6 +215,15 @@ class GateMoments(Accumulator):
         found = self.moments.setdefault(name, empty)
         assert isinstance(found, type(empty))
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and the histogram."""
+        return super().state_dict() | {"histogram": self.histogram}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace both."""
+        super().load_state_dict(state)
+        self.histogram = state["histogram"]
 
     def merge(self, other: Accumulator) -> None:
         """Add another's tokens, those of its histogram too."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from hopeprobe import ranks
 from hopeprobe.conditions import Condition, as_tensors, frozen
 from hopeprobe.errors import BadInputError, MeasurementError, near_names
 from hopeprobe.hooks import resolve
@@ -114,14 +115,24 @@ class Prepared(NamedTuple):
 
 def prepare(subject: Subject, windows: EvalWindows) -> Prepared:
     """Score the windows once with everything written."""
-    losses = Histogram()
-    with subject.gated(GateRule(RANDOM, 1.0)):
-        for batch in windows:
-            out = subject.run(*as_tensors(batch))
-            scored = as_bool(out.scored)
-            values = finite_losses(out.losses, scored)[scored]
-            losses.update(np.maximum(values, 0.0))
-    return Prepared(token_surprisal(subject, windows), losses)
+    own = ranks.shared(windows)
+
+    def gather() -> Histogram:
+        losses = Histogram()
+        with subject.gated(GateRule(RANDOM, 1.0)):
+            for batch in own:
+                out = subject.run(*as_tensors(batch))
+                scored = as_bool(out.scored)
+                values = finite_losses(out.losses, scored)[scored]
+                losses.update(np.maximum(values, 0.0))
+        return losses
+
+    return Prepared(token_surprisal(subject, windows), ranks.folded(gather, _together))
+
+
+def _together(losses: Histogram, others: Histogram) -> Histogram:
+    losses.merge(others)
+    return losses
 
 
 def gate_of(cell: Cell, prepared: Prepared) -> GateRule:

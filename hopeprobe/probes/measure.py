@@ -2,6 +2,8 @@
 
 A probe's rows are read off as soon as its pass is over and its accumulator is let go, unless it has contrasts:
 then they stay until the last of its conditions was run.
+
+Of several ranks all take part in each pass; rank 0, which then holds the accumulators, reads off the rows for all.
 """
 
 from __future__ import annotations
@@ -9,8 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
+from hopeprobe import ranks
 from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
 from hopeprobe.subject import MissingCapability
 
@@ -121,7 +125,7 @@ def measure(
         wanting = [probe for probe in probes if condition in asked[probe.name]]
         for name, accumulator in _pass(subject, windows, wanting, condition, prepared, rows, told, leave_out):
             try:
-                rows.found[name].update(reader.rows(accumulator))
+                rows.found[name].update(ranks.on_first(partial(reader.rows, accumulator)))
             except MeasurementError as error:
                 rows.failed[name][condition.name] = str(error)
             else:
@@ -183,8 +187,11 @@ def _contrast(
         return
     if rows.lacking[name] and not probe.partial:
         return  # said for the condition
+
+    def read() -> Mapping[RowKey, _T]:
+        return reader.contrasts([check_paired(quantity) for quantity in probe.contrasts(accumulators)])
+
     try:
-        quantities = [check_paired(quantity) for quantity in probe.contrasts(accumulators)]
-        rows.found[name].update(reader.contrasts(quantities))
+        rows.found[name].update(ranks.on_first(read))
     except MeasurementError as error:
         rows.failed[name][CONTRASTS] = str(error)

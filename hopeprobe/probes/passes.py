@@ -3,11 +3,14 @@
 Hook points are cached a batch at a time and let go once every probe has read them: memory is that of one
 batch, whatever the number of tokens. A probe that cannot be measured falls out alone, with the reason; the
 others go on. A condition whose hooks did not fire was not in force, and takes all its probes along.
+
+Several ranks share out the batches that one process would run, and rank 0 folds what they gathered (`hopeprobe.ranks`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hopeprobe import ranks
 from hopeprobe.conditions import as_tensors
 from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
 from hopeprobe.hooks import ActivationCache, resolve
 from hopeprobe.subject import MissingCapability
 
+from .base import Accumulator
 from .left_out import Suspects, WindowsNotFiniteError, bad_losses, bad_readings, bad_reduced, check_live
 from .readings import Readings, Reducing, check_positions
 from .workers import replicas, side_by_side
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from hopeprobe.conditions import Condition
-    from hopeprobe.probes.base import Accumulator, Probe
+    from hopeprobe.probes.base import Probe
     from hopeprobe.stats.arrays import IntArray
     from hopeprobe.subject import Subject, WindowLosses
     from hopeprobe.tokens import EvalBatch, EvalWindows
@@ -102,58 +107,133 @@ def _run_pass(
             result.drop(probe.name, str(error))
     if not running:
         return result
-    points = subject.module.hook_dict
-    fired: set[tuple[str, str]] = set()
-    in_force: Counter[str] = Counter()
     found = replicas(subject, windows.n_windows)
     if condition.batch is None:
-        windows = windows.shared_by(len(found))
+        windows = windows.shared_by(ranks.on_first(lambda: len(found)))  # whatever threads others have
     workers = [_Worker(one, windows, running, condition, prepared) for one in found]
 
     def run(worker: _Worker, batch: EvalBatch) -> _Ran | HopeprobeError:
         return worker.run(batch, list(result.accumulators))
 
-    for done, (batch, ran) in enumerate(side_by_side(run, workers, windows)):
+    seen = _Seen()
+    for done, (batch, ran) in enumerate(side_by_side(run, workers, ranks.shared(windows))):
+        ordinal = done * ranks.size() + ranks.rank()
         if isinstance(ran, HopeprobeError):
-            if isinstance(ran, MissingCapability):
-                raise ran
-            result.drop_all(str(ran))
+            seen.error = ordinal, ran
             break
-        in_force.update(ran.fired)
+        seen.in_force.update(ran.fired)
         if suspects is not None:
             suspects.add(batch, ran.suspicious())
             if suspects.too_many:
-                return None
+                break
             if suspects.rows:  # what was gathered is of no use; the rest is looked through
                 continue
         for name in list(result.accumulators):
             try:
-                seen = ran.seen(name)
-                fired |= {(name, hook) for hook in seen}
-                result.accumulators[name].update(seen, ran.out.losses, ran.out.scored, batch)
+                readings = ran.seen(name)
+                seen.fired |= {(name, hook) for hook in readings}
+                result.accumulators[name].update(readings, ran.out.losses, ran.out.scored, batch)
             except MeasurementError as error:
                 if suspects is not None and len(rows := ran.unreadable(name)):
                     suspects.add(batch, rows)
                     break
-                result.drop(name, str(error))
+                seen.dropped.append((ordinal, name, str(error)))
+                del result.accumulators[name]
         if on_batch is not None:
-            on_batch(done + 1, len(windows))
+            on_batch(min(len(windows), (done + 1) * ranks.size()), len(windows))
         if not result.accumulators:
             break
-    if suspects is not None and suspects.rows:
-        bad = [] if suspects.too_many or condition.batch else suspects.named(subject, condition, prepared)
-        if bad:
-            raise WindowsNotFiniteError(bad)
-        return None
-    for name, accumulator in list(result.accumulators.items()):
-        unseen = [n for n in workers[0].readers[name].names if (name, n) not in fired]
+    if suspects is not None:
+        suspects.rows = [row for rows in ranks.gathered(suspects.rows) for row in rows]
+        if suspects.rows:
+            if suspects.too_many or condition.batch:
+                return None
+            bad = ranks.on_first(lambda: suspects.named(subject, condition, prepared))
+            if bad:
+                raise WindowsNotFiniteError(bad)
+            return None
+    all_seen = ranks.gathered(seen)
+    _drop_first(result, all_seen)
+    _fold(result)
+    silent = ranks.on_first(lambda: _silence(subject, condition, workers[0], result.accumulators, all_seen))
+    for name, reason in silent.items():
+        result.drop(name, reason)
+    return result
+
+
+@dataclass
+class _Seen:
+    """What a rank has seen in its share of the batches, but for what it accumulated.
+
+    fired: probe and hook point. in_force: firings of the condition's hooks. dropped: at which batch of all, which probe
+    and why. error: at which batch the pass ended, and with what.
+    """
+
+    fired: set[tuple[str, str]] = field(default_factory=set)
+    in_force: Counter[str] = field(default_factory=Counter)
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
+    error: tuple[int, HopeprobeError] | None = None
+
+
+def _drop_first(result: Pass, all_seen: Sequence[_Seen]) -> None:
+    """Take out what fell out on any rank, for the reason that one process would have met first.
+
+    Raises MissingCapability where that is what the pass ended with.
+    """
+    ends = [seen.error for seen in all_seen if seen.error is not None]
+    at, error = min(ends, key=lambda end: end[0]) if ends else (None, None)
+    drops = sorted((drop for seen in all_seen for drop in seen.dropped), key=lambda drop: drop[0])
+    for batch, name, reason in drops:
+        if name not in result.failed and (at is None or batch < at):
+            result.drop(name, reason)
+    if isinstance(error, MissingCapability):
+        raise error
+    if error is not None:
+        for _, name, _ in drops:
+            if name not in result.failed:  # one process would have ended before
+                result.drop(name, str(error))
+        result.drop_all(str(error))
+
+
+def _fold(result: Pass) -> None:
+    """Add up on rank 0 what every rank has of the probes that are left, in rank order, one probe at a time."""
+    if ranks.size() == 1:
+        return
+    for name, mine in list(result.accumulators.items()):
+        kind = type(mine)
+        if kind.merge is not Accumulator.merge and kind.state_dict is Accumulator.state_dict:
+            reason = f"{kind.__name__} merges more than moments, and has no `state_dict` to send it by to other ranks"
+            result.drop(name, reason)
+            continue
+        for state in ranks.gathered_on_first(mine.state_dict())[1:]:
+            other = copy.copy(mine)
+            other.load_state_dict(state)
+            mine.merge(other)
+
+
+def _silence(
+    subject: Subject,
+    condition: Condition,
+    worker: _Worker,
+    accumulators: Mapping[str, Accumulator],
+    all_seen: Sequence[_Seen],
+) -> dict[str, str]:
+    """Of probes that are left, why they have measured nothing: a point that never fired, a condition not in force."""
+    failed: dict[str, str] = {}
+    points = subject.module.hook_dict
+    fired = set[tuple[str, str]]().union(*(seen.fired for seen in all_seen))
+    in_force: Counter[str] = Counter()
+    for seen in all_seen:
+        in_force.update(seen.in_force)
+    for name, accumulator in accumulators.items():
+        unseen = [n for n in worker.readers[name].names if (name, n) not in fired]
         if silent := [n for n in unseen if not accumulator.rightly_silent(n)]:
-            result.drop(name, _never_fired(silent))
+            failed[name] = _never_fired(silent)
     if unfired := [
         name for name, count in in_force.items() if not count and points[name].spec.cadence == "write"
     ]:
-        result.drop_all(_not_in_force(condition, unfired))
-    return result
+        failed |= {name: _not_in_force(condition, unfired) for name in accumulators if name not in failed}
+    return failed
 
 
 @dataclass

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -229,6 +229,15 @@ class LossDistribution(Accumulator):
         assert isinstance(both, GroupedCrossCovariance)
         both.update((loss[..., None], surprisal[..., None]), mask, batch.group)
         self.histogram.update(loss[mask])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and the histogram."""
+        return super().state_dict() | {"histogram": self.histogram}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace both."""
+        super().load_state_dict(state)
+        self.histogram = state["histogram"]
 
     def merge(self, other: Accumulator) -> None:
         """Add another's tokens, those of its histogram too."""

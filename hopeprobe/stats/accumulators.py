@@ -101,6 +101,15 @@ class GroupedMoments:
         for name in self._parts:
             self._parts[name][groups] = parts[name]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and sent to another process as `state_dict` has it: no groups that hold nothing."""
+        rest = {name: value for name, value in vars(self).items() if name not in ("n", "_parts")}
+        return {"rest": rest, "state": self.state_dict()}
+
+    def __setstate__(self, kept: Mapping[str, Any]) -> None:
+        vars(self).update(kept["rest"])
+        self.load_state_dict(kept["state"])
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}{list(shape)}" for name, shape in self._shapes.items())
         return f"{type(self).__name__}({shapes}; {self.n_tokens} tokens in {self.n_groups} groups)"

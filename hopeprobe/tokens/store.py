@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hopeprobe import ranks
 from hopeprobe.errors import BadInputError, near_names
 from hopeprobe.tokens.cache import (
     CACHE_VARIABLE,
@@ -190,15 +191,18 @@ def load_tokens(
     keys = [source.key() for source in sources]
     path = folder / f"{_cache_key(keys, tokenizer, limit)}.tokens"
 
-    stored = _read_or_none(path, len(sources))
-    if stored is None:
-        _build(path, sources, keys, name, tokenizer, limit, progress)
+    def read_or_build() -> Stored:
         stored = _read_or_none(path, len(sources))
-    if stored is None:
-        what = "is not what was just written to it; is the disk failing?"
-        gone = "was removed as soon as it was written; let nothing clear the folder, and start again"
-        raise BadInputError(f"the token cache {path} {what if path.exists() else gone}")
-    return _token_data(name, stored, sources, tokenizer)
+        if stored is None:
+            _build(path, sources, keys, name, tokenizer, limit, progress)
+            stored = _read_or_none(path, len(sources))
+        if stored is None:
+            what = "is not what was just written to it; is the disk failing?"
+            gone = "was removed as soon as it was written; let nothing clear the folder, and start again"
+            raise BadInputError(f"the token cache {path} {what if path.exists() else gone}")
+        return stored
+
+    return _token_data(name, ranks.first_then_others(read_or_build), sources, tokenizer)
 
 
 def _read_or_none(path: Path, n_sources: int) -> Stored | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 from hopeprobe.model.config import CMSLevel, ModelConfig
 from hopeprobe.model.hope import HopeModel
