@@ -6,14 +6,18 @@ compared with, whose range is the mean of theirs.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hopeprobe.documents import read_document
 from hopeprobe.errors import BadInputError
 from hopeprobe.files import write_atomically
 from hopeprobe.stats import over_seeds
@@ -137,33 +141,51 @@ def write_probed(rows: Iterable[Probed], folder: Path) -> Path:
 
 def read_probed(path: str | os.PathLike[str]) -> list[Probed]:
     """Read `probes.csv` in a folder, or beside a file; nothing where there is none; raises BadInputError."""
-    import pandas as pd
-
     file = Path(path)
     file = file / TABLE if file.is_dir() else file.with_name(TABLE)
     if not file.exists():
         return []
     try:
-        kinds: dict[str, Any] = {"layer": "Int64", "position": str, "component": str, "condition": str}
-        frame = pd.read_csv(file, dtype=kinds)
-        texts = ["component", "condition", "position"]
-        frame[texts] = frame[texts].fillna("")
-        numbers = [
-            "step",
-            "seeds",
-            "value",
-            "ci_low",
-            "ci_high",
-            "own_init",
-            "fresh_init",
-            "fresh_low",
-            "fresh_high",
-        ]
-        frame[numbers] = frame[numbers].apply(pd.to_numeric)
-        records: list[Mapping[str, Any]] = frame.to_dict("records")  # type: ignore[assignment]
-        return [
-            Probed(**{**row, "layer": None if pd.isna(row["layer"]) else int(row["layer"])})
-            for row in records
-        ]
-    except (ValueError, TypeError, KeyError, OSError) as error:
+        # A table has as many columns as it names: what guesses them and their kinds is led by a row of 50,000 cells.
+        lines = csv.reader(io.StringIO(read_document(file), newline=""), strict=True)
+        names = _columns(next(lines, []))
+        return [_probed(names, cells) for cells in lines if cells]
+    except (ValueError, OSError, csv.Error) as error:
         raise BadInputError(f"{file} is not a table of probes over seeds: {error}") from None
+
+
+def _columns(names: list[str]) -> list[str]:
+    if sorted(names) != sorted(each.name for each in fields(Probed)):
+        raise ValueError("its columns are others")
+    return names
+
+
+def _probed(names: list[str], row: list[str]) -> Probed:
+    """A row of texts as what they say; ValueError for one that does not."""
+    if len(row) != len(names):
+        raise ValueError(f"a row has {len(row)} cells, not {len(names)}")
+    cells = dict(zip(names, row, strict=True))
+    said: dict[str, Any] = dict(cells)  # what is neither of these is text
+    said |= {name: _whole(name, cells[name]) for name in _WHOLE}
+    said |= {name: _number(name, cells[name]) for name in _NUMBERS}
+    said["layer"] = _whole("layer", cells["layer"]) if cells["layer"] else None
+    return Probed(**said)
+
+
+_WHOLE = ("step", "seeds")
+_NUMBERS = ("value", "ci_low", "ci_high", "own_init", "fresh_init", "fresh_low", "fresh_high")
+
+
+def _whole(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ValueError(f"{name} is {text[:40]!r}, not a whole number of 18 digits at most")
+    return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    number = r"-?[0-9]+(\.[0-9]*)?(e[+-]?[0-9]+)?"
+    if text in ("", "inf", "-inf"):
+        return float(text or "nan")
+    if not re.fullmatch(number, text) or math.isinf(float(text)):
+        raise ValueError(f"{name} is {text[:40]!r}, not a number")
+    return float(text)

@@ -1,5 +1,6 @@
 """Rows of probes over seeds."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -73,3 +74,46 @@ def test_no_table_is_no_rows_and_another_file_is_refused(tmp_path):
     (tmp_path / "probes.csv").write_text("a,b\n1,2\n")
     with pytest.raises(BadInputError, match=r"probes\.csv is not a table"):
         read_probed(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["layer", "step", "seeds"])
+@pytest.mark.parametrize("text", ["1" + "0" * 400, "7" * 5000, "9223372036854775808", "1.5", "inf", "x"])
+def test_a_number_that_is_no_layer_or_step_is_refused(tmp_path, name, text):
+    file = write_probed(over_runs("full", [results(1.0)]), tmp_path)
+    columns, row = file.read_text().splitlines()
+    cells = dict(zip(columns.split(","), row.split(","), strict=True)) | {name: text}
+    file.write_text(f"{columns}\n{','.join(cells.values())}\n")
+    with pytest.raises(BadInputError, match=rf"probes\.csv is not a table.*{name} is") as caught:
+        read_probed(tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["nan", "1_0", " 1", "0x1", "1e", "1e999", "x", "\u0661"])
+def test_a_number_that_is_none_is_refused(tmp_path, text):
+    file = write_probed(over_runs("full", [results(1.0)]), tmp_path)
+    file.write_text(file.read_text().replace(",1,1,,,", f",1,{text},,,"), encoding="utf-8")
+    with pytest.raises(BadInputError, match=r"probes\.csv is not a table.*value is"):
+        read_probed(tmp_path)
+
+
+def test_a_row_of_many_cells_is_refused_at_once(tmp_path):
+    """What guesses columns took twelve seconds and 340 MiB for them."""
+    file = write_probed(over_runs("full", [results(1.0)]), tmp_path)
+    columns, row = file.read_text().splitlines()
+    for lines in (
+        [columns, row + "," * 50_000],
+        ["0," * 50_000 + columns, row],
+        [columns, '"' + row],
+        [columns, "a"],
+    ):
+        file.write_text("\n".join(lines))
+        with pytest.raises(BadInputError, match=r"probes\.csv is not a table"):
+            read_probed(tmp_path)
+
+
+def test_texts_stay_what_they_are(tmp_path):
+    (row,) = over_runs("full", [results(1.0)])
+    odd = dataclasses.replace(row, component="NA", position='a "quoted", one\nof two lines', unit="1")
+    write_probed([odd], tmp_path)
+    (back,) = read_probed(tmp_path)
+    assert (back.component, back.position, back.unit) == (odd.component, odd.position, odd.unit)
