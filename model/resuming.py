@@ -50,9 +50,8 @@ def _told(group: Any) -> object:
     if not isinstance(group, Mapping) or not isinstance(group.get("lr"), int | float):
         return None
     try:
-        return json.dumps(
-            {k: v for k, v in group.items() if k not in ("lr", *optimizers.HOW)}, sort_keys=True
-        )
+        told = json.dumps({k: v for k, v in group.items() if k not in ("lr", *optimizers.HOW)})
+        return json.loads(told)  # a tuple as a list; unlike texts, 0 is 0.0
     except (TypeError, ValueError, RecursionError):  # a tensor, or keys of several kinds
         return None
 
@@ -61,11 +60,15 @@ def _check_moments(moments: Any, parameter: Tensor) -> None:
     if not isinstance(moments, Mapping) or set(moments) != {"step", *_MOMENTS}:
         raise _unfit("it does not hold the steps and moments of AdamW")
     step = moments["step"]
-    if not isinstance(step, Tensor) or step.numel() != 1 or not bool(step.isfinite().all() and step >= 0):
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
+        raise _unfit("a number of steps is none")
+    if not bool(step.isfinite().all() and step >= 0):
         raise _unfit("a number of steps is none")
     for name in _MOMENTS:
         moment = moments[name]
         if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
             raise _unfit(f"{name} has not the shape of its parameter, {tuple(parameter.shape)}")
-        if not moment.is_floating_point() or not bool(moment.isfinite().all()):
+        if moment.dtype != parameter.dtype:
+            raise _unfit(f"{name} is not in {parameter.dtype}, as its parameter is")
+        if not bool(moment.isfinite().all()):
             raise _unfit(f"{name} is not finite")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -274,9 +275,18 @@ def test_cells_of_another_setting_are_refused(here, text, tmp_path):
     assert known_cells(tmp_path, longer) == []
     with pytest.raises(BadInputError, match=r"cell\.json is of a grid set otherwise \(train differ\)"):
         known_cells(tmp_path, shared | {"train": shared["train"] | {"learning_rate": 1.0}})
-    (tmp_path / "full" / "seed-0" / RECORD).write_text('{"seed": 0}')
-    with pytest.raises(BadInputError, match=r"cell\.json is not the record of a cell"):
-        known_cells(tmp_path, shared)
+    record = tmp_path / "full" / "seed-0" / RECORD
+    whole = record.read_text()
+    for damaged in (
+        '{"seed": 0}',
+        "[" * 10_000,
+        whole.replace('"seed": 0', '"seed": ' + "7" * 5000),
+        "[]",
+        "\ud800",
+    ):
+        record.write_bytes(damaged.encode("utf-8", "surrogatepass"))
+        with pytest.raises(BadInputError, match=f"^{re.escape(str(record))} is not the record of a cell"):
+            known_cells(tmp_path, shared)
 
 
 def test_thresholds_that_would_share_a_folder_are_refused(tmp_path):

@@ -61,7 +61,9 @@ def test_what_is_wrong_is_named(edited, path, value, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"[model\n", "is not TOML"), (b"\xff\xfe", "is not TOML"), (b"points = 3", "points is 3")],
+    [(b"", "is empty"), (b"[model\n", "is not TOML"), (b"\xff\xfe", "is not TOML"), (b"points = 3", "points is 3"),
+     pytest.param(b"[model]\ncontext = " + b"7" * 5000, "is not TOML", id="a number of 5000 digits"),
+     pytest.param(b"x = " + b"[" * 3000 + b"]" * 3000, "is not TOML", id="lists in lists")],
 )  # fmt: skip
 def test_a_file_that_is_no_map(tmp_path, content, message):
     file = tmp_path / "map.toml"
