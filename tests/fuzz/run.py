@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -44,7 +45,9 @@ class _Worker:
         self.process.stdin.flush()
         first = self._line(_START)
         if first is None:
-            raise RuntimeError(f"no whole file of the kind {name!r} could be made, or read")
+            raise RuntimeError(
+                f"no whole file of the kind {name!r} could be made, or read: {self._said() or 'it took too long'}"
+            )
         begun = time.monotonic()
         line = self._line(_PATIENCE)
         if line is not None:
@@ -54,15 +57,21 @@ class _Worker:
             name, index, f"no end in {took:.0f} s" if took >= _PATIENCE else "the process ended"
         )
 
+    def _said(self) -> str:
+        """The end of what the process wrote about its own end."""
+        return (self.folder / "said").read_text(errors="replace")[-2000:].strip()
+
     def _begin(self) -> None:
+        said = (self.folder / "said").open("w")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.folder), str(self.seed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=said,
             text=True,
-            env={**__import__("os").environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
         )
+        said.close()  # the process has it
         self.lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._pump, args=(self.process, self.lines), daemon=True).start()
 
@@ -81,10 +90,10 @@ class _Worker:
 
     def _ended(self, name: str, index: int, why: str) -> dict[str, Any]:
         assert self.process is not None
-        status = self.process.poll()
+        status, said = self.process.poll(), self._said()
         self.end()
         return {
-            "kind": name, "index": index, "mutation": "?", "outcome": "WRONG", "detail": f"{why} (status {status})",
+            "kind": name, "index": index, "mutation": "?", "outcome": "WRONG", "detail": f"{why} (status {status}) {said}"[:1500],
             "seconds": MOST_SECONDS, "peak": 0, "sha256": "", "unchanged": False,
         }  # fmt: skip
 
@@ -176,7 +185,7 @@ def _show(name: str, index: int, seed: int) -> int:
         mutation, content = reader.changed(name, index)
         (here / f"{name}-{index}").write_bytes(content)
         print(json.dumps(reader.read(name, index) | {"mutation": mutation}, indent=1))
-        __import__("os").chdir(here)
+        os.chdir(here)
     return 0
 
 

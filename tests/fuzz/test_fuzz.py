@@ -79,3 +79,9 @@ def test_what_must_not_happen_would_be_seen(tmp_path):
     for name in ("fails", "unnamed", "writes", "starts", "accepts", "differs"):
         assert found[name]["outcome"] == "WRONG", name
     assert found["hoards"]["peak"] > 500 << 20
+
+
+@pytest.mark.slow  # a process that loads torch
+def test_a_reader_that_cannot_begin_says_why():
+    with pytest.raises(RuntimeError, match=r"no whole file of the kind 'none'.*\n(.*\n)*KeyError: 'none'"):
+        list(fuzz(["none"], [0]))
