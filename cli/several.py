@@ -35,13 +35,12 @@ def as_rank(arguments: list[str], run: Callable[[], Any]) -> Any:
     class Handler(ErrorHandler):  # torch's way to say how errors are kept
         def record_exception(self, e: BaseException) -> None:
             file = self._get_error_file_path()
-            if file is None or not isinstance(e, HopeprobeError):
+            text = _for_people(e)
+            if file is None or text is None:
                 super().record_exception(e)
             elif not isinstance(e, LostRankError):
-                about = {"py_callstack": f"hopeprobe: {message(str(e))}", "timestamp": str(int(time.time()))}
-                self._write_error_file(
-                    file, json.dumps({"message": {"message": message(str(e)), "extraInfo": about}})
-                )
+                about = {"py_callstack": f"hopeprobe: {text}", "timestamp": str(int(time.time()))}
+                self._write_error_file(file, json.dumps({"message": {"message": text, "extraInfo": about}}))
 
     def shared() -> Any:
         command = next((a for a in arguments if not a.startswith("-")), None)
@@ -53,6 +52,14 @@ def as_rank(arguments: list[str], run: Callable[[], Any]) -> Any:
 
     with ranks.joined(), _quiet_unless_first():
         return record(shared, Handler())()
+
+
+def _for_people(error: BaseException) -> str | None:
+    """The message of an error of ours, or of the parser's; None of a defect."""
+    if isinstance(error, HopeprobeError):
+        return message(str(error))
+    told = getattr(error, "format_message", None)  # what errors of the parser have
+    return message(str(told())) if told is not None else None
 
 
 @contextlib.contextmanager
