@@ -50,7 +50,7 @@ _END = 22  # bytes of what an archive ends with
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 
-class NamesCodeError(BadInputError):
+class _NamesCodeError(Exception):
     """A pickle names something that is neither a tensor nor plain data; nothing was executed."""
 
 
@@ -84,7 +84,7 @@ def read_torch(path: Path, mapped: bool = False) -> object:
                 )
             _check_content(content, size)
             return content
-    except NamesCodeError as error:
+    except _NamesCodeError as error:
         raise BadInputError(
             f"{path} is a pickle that wants to run code when it is opened ({error}); it was refused and nothing was "
             "executed. hopeprobe reads plain tensors and data only: save a state dict"
@@ -167,7 +167,7 @@ def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
 def _is_legacy(path: Path) -> bool:
     """Whether it is a whole file of torch's old format: four pickles, the keys of the storages, and these.
 
-    Raises `NamesCodeError` for a pickle that names code, of that format or not.
+    Raises `_NamesCodeError` for a pickle that names code, of that format or not.
     """
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         file = _Bounded(mapped)
@@ -233,11 +233,11 @@ class _Scan(pickle._Unpickler):
 
     @classmethod
     def of(cls, file: _Bounded | io.BytesIO) -> _Scan:
-        """Take the next pickle of a file apart. Raises `NamesCodeError`, and anything for one that is none."""
+        """Take the next pickle of a file apart. Raises `_NamesCodeError`, and anything for one that is none."""
         scan = cls(file)
         scan.found = scan.load()
         if scan.refused:  # and only in a whole pickle: any text could begin like one
-            raise NamesCodeError(", ".join(dict.fromkeys(scan.refused))[:100])
+            raise _NamesCodeError(", ".join(dict.fromkeys(scan.refused))[:100])
         return scan
 
     def find_class(self, module: str, name: str) -> type[_Inert]:

@@ -28,14 +28,19 @@ class Canvas(Figure):
     """A figure that a notebook shows by itself, pyplot or not."""
 
     def _as_written(self) -> None:
-        """Every name as it is: none is a formula to typeset, and no sign in it moves others."""
+        """Every name as it is: none is a formula to typeset, and no sign in it moves others; numbers of axes may be."""
+        numbers: set[Text] = set()
         for axes in self.axes:
             for axis in (axes.xaxis, axes.yaxis):
-                if not isinstance(axis.get_major_formatter(), ScalarFormatter | LogFormatter):
-                    for label in axis.get_majorticklabels():
-                        label.set_parse_math(False)
+                axis.get_ticklabels(which="both")  # which brings ticks and texts together
+                for formatter, ticks in (
+                    (axis.get_major_formatter(), axis.get_major_ticks()),
+                    (axis.get_minor_formatter(), axis.get_minor_ticks()),
+                ):
+                    if isinstance(formatter, ScalarFormatter | LogFormatter):
+                        numbers |= {label for tick in ticks for label in (tick.label1, tick.label2)}
         for text in self.findobj(Text):
-            if "\\mathdefault" not in text.get_text():
+            if text not in numbers:
                 text.set_parse_math(False)
                 text.set_text(printable(text.get_text(), lines=True))
 

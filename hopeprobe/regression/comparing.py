@@ -246,7 +246,8 @@ def compare(baseline: Baseline, results: Results) -> Check:
     """Set results, measured on the baseline's tokens with its settings, against it."""
     now = by_address(results)
     described = results.checkpoints
-    apart = [one for one in described if one.get("windows") != baseline.data.get("windows")]
+    kept = baseline.data.get("windows")
+    apart = [one for one in described if one.get("windows", kept) != kept]
     if apart:  # some were left out, as `missing` says; numbers of the others are of another text
         now = {}
     known = {one.address for one in baseline.tracked} | set(baseline.unmeasured)

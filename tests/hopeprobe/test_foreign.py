@@ -1,5 +1,7 @@
 """Other people's files where nothing reads them: a file that an adapter of ours would read says what to install."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -98,9 +100,10 @@ def test_somebodys_adapter_that_cannot_be_imported_stops_nobody(tmp_path, entrie
     def broken():
         raise ImportError("No module named 'mamba'")
 
-    entries(mamba=broken, mine=lambda: lambda path: "a subject" if path.name == "mine.pt" else None)
+    subject = SimpleNamespace(device="cpu")
+    entries(mamba=broken, mine=lambda: lambda path: subject if path.name == "mine.pt" else None)
     mine, other = (saved(tmp_path / name, {}) for name in ("mine.pt", "other.pt"))
-    assert hopeprobe.load(mine) == "a subject"
+    assert hopeprobe.load(mine) is subject
     with pytest.raises(
         BadInputError, match=r"known kinds: mine; not usable: mamba \(No module named 'mamba'\)"
     ):

@@ -172,7 +172,9 @@ def test_a_link_that_leads_nowhere_is_left_out(run):
 def test_the_walk_is_made_once_for_the_same_files_and_again_for_others(run, monkeypatch):
     subject = load(run / "step-000040.pt")
     initial, read = subject.own_init(), []
-    monkeypatch.setattr("hopeprobe.subject.load", lambda path: read.append(path) or load(path))
+    monkeypatch.setattr(
+        "hopeprobe.subject.load", lambda path, device=None: read.append(path) or load(path, device=device)
+    )
     first = follow(subject, initial)
     assert len(read) == 6
     assert follow(subject, initial) is first
