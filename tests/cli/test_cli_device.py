@@ -36,6 +36,7 @@ def test_a_device_that_is_not_there(call, trained, text, tmp_path, monkeypatch, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_precision(call, text, tmp_path):
     options = ("train", "--preset", "nano", "--data", text, "--device", "cpu", "--out", tmp_path / "run")
     assert call(*options, "--steps", 1, "--precision", "bf16").code == 0

@@ -62,6 +62,7 @@ def test_analyze_says_what_is_not_in_its_numbers(call, trained, text, spoil, tmp
     assert all("1 of 47 windows left out, not finite" in row["note"] for row in found["results"])
 
 
+@pytest.mark.slow
 def test_no_baseline_is_made_of_it_and_no_check_passes(call, trained, text, spoil, tmp_path):
     mech, last = tmp_path / "mech.json", trained / "step-000003.pt"
     assert call("baseline", last, "--data", text, *MOST, "--output", mech).code == 0

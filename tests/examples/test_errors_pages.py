@@ -31,7 +31,11 @@ from hopeprobe.stats import Verdict
 PAGES = Path(__file__).parents[2] / "examples" / "errors"
 INDEX = PAGES / "README.md"
 SLUGS = sorted(path.stem for path in PAGES.glob("*.md") if path != INDEX)
-SLOW = {"interrupted", "no-signal"}  # a process of its own; weights so small that arithmetic is slow
+SLOW = {
+    "interrupted",
+    "no-signal",
+    "diverged",
+}  # a process of its own; weights that slow arithmetic down; a diverging run
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 INTERRUPTED = "^C\n"  # what a terminal shows first where a person pressed Ctrl-C

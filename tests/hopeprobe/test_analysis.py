@@ -69,6 +69,7 @@ def test_step_zero_is_at_init_everywhere(toy_run, settings):
     assert set(frame.verdict) == {"at-init"}
 
 
+@pytest.mark.slow
 def test_a_model_of_another_seed_is_hardly_ever_learned(subject_of, settings):
     verdicts = []
     for seed in range(1, 7):

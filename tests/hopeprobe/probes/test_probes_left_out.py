@@ -133,6 +133,7 @@ def test_a_model_that_diverged_is_not_measured_on_what_is_left(subject, windows,
         analyze(spoilt, ["surprise"], **settings | {"fresh": 0})
 
 
+@pytest.mark.slow
 def test_a_probe_without_a_pass_finds_them_too(subject, windows, settings):
     spoilt, places = spoil(subject, windows, [7])
 
