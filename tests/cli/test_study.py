@@ -51,7 +51,7 @@ def again(call, command, made, text, *more):
 def test_a_grid_leaves_its_record_tables_and_figures(made):
     names = {path.name for path in made.iterdir() if path.is_file()}
     assert names == {
-        ".lock", "ablation.json", "cells.csv", "table.csv", "tables.md", "claims.md", "figure-4.png", "figure-5.png",
+        "ablation.json", "cells.csv", "table.csv", "tables.md", "claims.md", "figure-4.png", "figure-5.png",
     }  # fmt: skip
     grid = read_grid(made)
     assert grid.names == ["full", "no-surprise", "transformer"]  # full is always there, to compare with
