@@ -30,18 +30,20 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise BadInputError(f"{name} is {value!r}, must be one of {', '.join(map(repr, allowed))}{hint}")
 
 
-#: No size or seed is larger, and products of several sizes are still numbers that torch can hold.
+#: No size is larger, and products of several sizes are still numbers that torch can hold.
 _MOST = 1 << 48
+#: No seed is larger: what torch's generators and integers hold.
+_MOST_SEED = (1 << 63) - 1
 #: Scores that a gate remembers of each sequence: they are kept in memory.
 _MOST_HISTORY = 1 << 16
 
 
-def _check_whole(**values: object) -> None:
+def _check_whole(most: int = _MOST, /, **values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise BadInputError(f"{name} is {value!r}, must be a whole number")
-        if abs(value) > _MOST:
-            raise BadInputError(f"{name} is a number of {len(str(value))} digits, must be at most {_MOST}")
+        if abs(value) > most:
+            raise BadInputError(f"{name} is a whole number of {value.bit_length()} bits, must be at most {most}")
 
 
 def _check_positive(**values: float) -> None:
@@ -115,7 +117,8 @@ class GateConfig:
             )
         _check_choice("gate rule", self.rule, tuple(GATE_RULES))
         _check_choice("gate writes", self.writes, ("all", "selfmod", "cms", "titans"))
-        _check_whole(history=self.history, seed=self.seed)
+        _check_whole(history=self.history)
+        _check_whole(_MOST_SEED, seed=self.seed)
         _check_positive(history=self.history, temperature=self.temperature)
         if self.history > _MOST_HISTORY:
             raise BadInputError(f"the gate's history is {self.history!r}, must be at most {_MOST_HISTORY}")

@@ -159,7 +159,7 @@ def test_ranks_are_uniform_from_the_first_token_on(monkeypatch):
     st.floats(0.01, 1.0),
     st.integers(1, 12),
     st.integers(1, 9),
-    st.integers(0, 2**70),
+    st.integers(0, 2**63 - 1),
 )
 def test_a_budget_is_its_equations_for_numbers_with_ties(scores, budget, history, tick, seed):
     config = GateConfig("quantile", budget, history=history, seed=seed)
@@ -259,7 +259,7 @@ def test_first_tokens_are_uniform_over_sequences():
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 4.5 / 20_000**0.5
 
 
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(0, 2**70), st.integers(0, 30))
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(0, 2**63 - 1), st.integers(0, 30))
 def test_the_hash_is_that_of_whole_numbers_in_any_pieces(tokens, seed, cut):
     targets = torch.tensor([tokens, tokens[::-1]])
     start = torch.full((2,), hash_start(seed), dtype=torch.int64)
