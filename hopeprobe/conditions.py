@@ -42,6 +42,8 @@ class Condition:
             function.
         batch: rows at a time where rows of a batch act on each other; results must not depend on the batch
             size that a person chose. None: theirs.
+        exact: whether it is computed in float64 where the model can (`Subject.exact`), as a rounding could turn what
+            it decides.
 
     """
 
@@ -50,6 +52,7 @@ class Condition:
     run: Callable[[Subject, Any, EvalBatch], WindowLosses] | None = None
     prepare: Callable[[Subject, EvalWindows], Any] | None = None
     batch: int | None = None
+    exact: bool = False
 
     def windows(self, windows: EvalWindows) -> EvalWindows:
         """Draw the windows in this condition's batches."""

@@ -130,6 +130,13 @@ class Subject:
         """
         return None
 
+    def exact(self) -> Subject:
+        """The same weights and hooks in a model of its own that computes in float64; itself where there is none.
+
+        For what hangs on an order of numbers, which a rounding of float32 can turn: ranks, and gates that go by them.
+        """
+        return self
+
     # -- rows of a state ----------------------------------------------------------------------------------------
 
     def select_rows(self, state: Any, rows: Sequence[int]) -> Any:

@@ -1,7 +1,8 @@
 """The CMS: MLP levels written at different periods by the task's own gradient, combined by gates or in a chain.
 
 Level l: out = in + delta, delta = W_out gelu(W_in LayerNorm(in) + b_in) + b_out. Every p_l tokens Delta_l <- Delta_l
-- (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices. `gated` mixes the levels' outputs
+- (lr_l / p_l) sum_t g_t dCE_t/dtheta_l over the period, theta_l its two matrices; with a `max_change` c, which neither
+paper has, then Delta_l <- Delta_l min(1, c ||theta_l|| / ||Delta_l||). `gated` mixes the levels' outputs
 with learned per-token weights (the study's description); `chain` feeds level after level ("Nested Learning", arXiv
 2512.24695, Eq. 70).
 """
@@ -84,6 +85,8 @@ class Level(nn.Module):
         if not self.written:
             return
         rule = f"every {spec.period} tokens: Delta <- Delta - (lr/{spec.period}) sum_t g_t dCE_t/dW"
+        if spec.max_change is not None:
+            rule += f", ||Delta|| <= {spec.max_change:g} ||W||"
         self.hook_write_gate = point("hook_write_gate", "batch pos", "g: 0 drops the token's own dCE_t")
         self.hook_fast_in = point(
             "hook_fast_in", "batch d_hidden d_model", f"W_in + Delta_in; {rule}", "write"
@@ -145,6 +148,9 @@ class Level(nn.Module):
             live = reached if 2 * int(reached.sum()) <= reached.numel() else None  # of most, all cost less
         change_in = state.change_in.plus(step * factors[0], factors[1], donated, live)
         change_out = state.change_out.plus(step * factors[2], factors[3], donated, live)
+        if self.spec.max_change is not None:
+            change_in = change_in.within(self.spec.max_change * self.w_in.detach().norm())
+            change_out = change_out.within(self.spec.max_change * self.w_out.detach().norm())
         change_in = _shown(self.hook_fast_in, self.w_in.detach(), change_in)
         change_out = _shown(self.hook_fast_out, self.w_out.detach(), change_out)
         return LevelState(change_in, change_out, *(f[:, :0] for f in factors))

@@ -54,11 +54,16 @@ def _check_positive(**values: float) -> None:
 
 @dataclass(frozen=True)
 class CMSLevel:
-    """One level of the CMS: its name, how many tokens pass between two writes, and the step of a write."""
+    """One level of the CMS: its name, how many tokens pass between two writes, and the step of a write.
+
+    max_change: what was written to a matrix is scaled back to at most so many times the Frobenius norm of its meta
+    weights. None, as published: the rule has no decay, and what is written grows with the stream.
+    """
 
     name: str
     period: int  # tokens, > 0
     learning_rate: float = 0.1  # lr_l of equations: applied to the mean gradient of one period, >= 0
+    max_change: float | None = None  # share of the meta weights' norm, > 0
 
     def __post_init__(self) -> None:
         _check_whole(period=self.period)
@@ -70,6 +75,10 @@ class CMSLevel:
         if not self.learning_rate >= 0:
             raise BadInputError(
                 f"learning_rate of CMS level {self.name!r} is {self.learning_rate!r}, must be >= 0"
+            )
+        if self.max_change is not None and not 0 < self.max_change < math.inf:
+            raise BadInputError(
+                f"max_change of CMS level {self.name!r} is {self.max_change!r}, must be above zero and finite, or None"
             )
 
 

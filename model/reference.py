@@ -345,4 +345,10 @@ def _write_levels(
             rate = module.spec.learning_rate / module.spec.period
             for name, total in trace.cms_sum[level].items():
                 trace.cms_fast[level][name] = trace.cms_fast[level][name] - rate * total
+                if module.spec.max_change is not None:
+                    meta = getattr(module, name).detach()
+                    written = trace.cms_fast[level][name] - meta
+                    most = module.spec.max_change * meta.square().sum().sqrt()
+                    written = written * min(1.0, float(most / written.square().sum().sqrt()))
+                    trace.cms_fast[level][name] = meta + written
                 trace.cms_sum[level][name] = torch.zeros_like(total)

@@ -97,6 +97,18 @@ class Change(NamedTuple):
             return self.of(left.mT @ right)
         return self._replace(left=left, right=right)
 
+    def norm(self) -> Tensor:
+        """Frobenius norm (B,) of the change in full, from its factors where it is thin."""
+        if self.dense.shape[1]:
+            return self.matrix().flatten(1).norm(dim=1)
+        # ||L^T R||^2 = sum of (L L^T) * (R R^T)
+        return ((self.left @ self.left.mT) * (self.right @ self.right.mT)).sum((1, 2)).clamp_min(0.0).sqrt()
+
+    def within(self, limit: Tensor) -> Change:
+        """This change, in each row scaled back to a Frobenius norm of at most `limit`; a smaller one as it is."""
+        share = (limit / self.norm().clamp_min(torch.finfo(limit.dtype).tiny)).clamp_max(1.0)[:, None, None]
+        return Change(self.dense * share, self.left * share, self.right)
+
     @classmethod
     def of(cls, matrix: Tensor) -> Change:
         """A change (B, out, in) given in full."""

@@ -119,6 +119,15 @@ class HopeSubject(Subject):
         other.module = copy.deepcopy(self.module, shared)
         return other
 
+    def exact(self) -> HopeSubject:
+        """A copy in float64, hooks included; itself where it is one already, or rounds activations on purpose."""
+        if self.module.embed.dtype == torch.float64 or self.module.activations is not None:
+            return self
+        other = copy.copy(self)
+        other.module = copy.deepcopy(self.module).double()
+        other.dtype = "float64"
+        return other
+
     def select_rows(self, state: State, rows: Sequence[int]) -> State:
         """Rows of a state, in this order."""
         return select_rows(state, list(rows))

@@ -7,6 +7,9 @@ L is linear between the points at which `random` was run: none written (frozen),
 So a rule that misses its budget is compared with a random gate that missed it by as much. As `random` meets its budget
 by the same control as every rule does, the score is all they differ in.
 
+Gates compare scores, and a rounding can turn which of two is the higher, so that another batch size would write other
+tokens: these passes are computed in float64 (`Subject.exact`), where no two scores that differ are as close.
+
 The rule `absolute` has one threshold for all sequences: the quantile of the loss, when everything is written, that
 leaves the budget, of the same tokens. The other rules know only the past of their own sequence.
 """
@@ -98,7 +101,7 @@ def cells_of(
 @functools.cache
 def condition(cell: Cell) -> Condition:
     """The model gated so; the same object every time, so that probes share its pass."""
-    return Condition(cell.name, run=functools.partial(_run, cell), prepare=prepare)
+    return Condition(cell.name, run=functools.partial(_run, cell), prepare=prepare, exact=True)
 
 
 def still(writes: str) -> Condition:

@@ -11,6 +11,7 @@ beside it. A run that was stopped goes on with the same command.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import resource
@@ -28,6 +29,7 @@ from hopeprobe.files import write_atomically
 from hopeprobe.hooks import HookPoint
 from hopeprobe.model import state as states
 from hopeprobe.model.config import GateConfig
+from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.state import State, map_state, select_rows
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.subject import GateRule
@@ -312,6 +314,15 @@ def summary(lines: list[dict[str, Any]], streams: int, asked: int, about: str) -
     }
 
 
+def held(subject: HopeSubject, most: float) -> HopeSubject:
+    """The same weights in a model whose CMS levels are held to a `max_change`."""
+    config = subject.module.config
+    levels = tuple(dataclasses.replace(level, max_change=most) for level in config.cms_levels)
+    model = HopeModel(dataclasses.replace(config, cms_levels=levels), None)
+    model.load_state_dict(subject.module.state_dict())
+    return HopeSubject(model)
+
+
 def main() -> None:
     """Read, and keep what was seen."""
     parser = argparse.ArgumentParser(
@@ -328,6 +339,7 @@ def main() -> None:
     parser.add_argument("--rule", help="of another gate than the model's own")
     parser.add_argument("--budget", type=float)
     parser.add_argument("--threshold", type=float)
+    parser.add_argument("--max-change", type=float, help="of every CMS level, in place of the model's own")
     parser.add_argument("--output", type=Path, required=True, help="lines; the state lies beside it")
     options = parser.parse_args()
     if options.summary:
@@ -342,6 +354,7 @@ def main() -> None:
     subject = hopeprobe.load(options.checkpoint)
     assert isinstance(subject, HopeSubject)
     subject = subject if gate is None else subject.with_gate(gate)
+    subject = subject if options.max_change is None else held(subject, options.max_change)
     text = load_tokens(tuple(options.data or ["builtin"]))
     stream = Stream(subject, np.asarray(text.tokens), options.streams)
     kept = options.output.with_suffix(".state.pt")

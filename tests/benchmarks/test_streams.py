@@ -133,3 +133,13 @@ def test_the_record_says_what_it_must():
     assert len(memories) > 8 < len(levels) + 1
     assert max(one["largest_ratio"] for one in memories) < 1.2  # they decay towards where they began
     assert max(one["largest_ratio"] for one in levels) < 2  # nothing decays, they walk
+
+
+def test_levels_with_a_max_change_stay_within_it():
+    levels = tuple(dataclasses.replace(level, max_change=0.01) for level in SMALL.cms_levels)
+    free, held = a_stream(), a_stream(config=dataclasses.replace(SMALL, cms_levels=levels))
+    moved = [
+        max(values[1] for line in run(stream, 900, 100) for name, values in line["norms"].items() if ".cms." in name)
+        for stream in (free, held)
+    ]
+    assert moved[1] <= 0.01 * (1 + 1e-5) < moved[0]

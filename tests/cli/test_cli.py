@@ -190,7 +190,7 @@ def test_where_nothing_could_be_measured_nothing_is_written(call, trained, text,
 
 
 def test_train_then_resume(call, text, tmp_path):
-    options = ("train", "--preset", "tiny", "--data", text, "--batch", 1, "--out", tmp_path / "run")
+    options = ("train", "--preset", "nano", "--data", text, "--batch", 1, "--out", tmp_path / "run")
     assert call(*options, "--steps", 1).code == 0
     again = call(*options, "--steps", 2)
     assert (again.code, "--resume" in again.err) == (2, True)
@@ -253,6 +253,7 @@ def test_how_to_probe_says_nothing_without_a_probe(call, text, tmp_path, command
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # four analyses
 def test_a_gate_is_trained_with_kept_and_replaced(call, text, tmp_path):
     out = tmp_path / "run"
     gate = ["--gate", "excess", "--budget", "0.25"]
@@ -485,14 +486,15 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
 
 def test_a_path_is_printed_as_it_is(call, text, tmp_path):
     folder = tmp_path / "runs[lr3]"
-    done = call("train", "--data", text, "--batch", 1, "--steps", 1, "--out", folder)
+    done = call("train", "--preset", "nano", "--data", text, "--batch", 1, "--steps", 1, "--out", folder)
     assert done.code == 0, done.err
     assert f"next: hopeprobe analyze {folder}/step-000001.pt" in done.out
 
 
 def test_tokenising_does_not_print_a_line_a_document(call, text, tmp_path, monkeypatch):
     monkeypatch.setenv("HOPEPROBE_CACHE", str(tmp_path / "empty"))
-    done = call("train", "--data", text, "--batch", 1, "--steps", 1, "--out", tmp_path / "run")
+    options = ("--preset", "nano", "--batch", 1, "--steps", 1)
+    done = call("train", "--data", text, *options, "--out", tmp_path / "run")
     assert done.err.count("tokenising") <= 2
 
 

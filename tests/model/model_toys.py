@@ -16,6 +16,9 @@ CONFIGS = {
     "three-levels": dataclasses.replace(
         TOY, cms_levels=(CMSLevel("fast", 4), CMSLevel("mid", 8), CMSLevel("slow", 16, 0.3))
     ),
+    "held-changes": dataclasses.replace(
+        TOY, cms_levels=(CMSLevel("fast", 8, 0.3, 0.02), CMSLevel("slow", 16, 0.3, 0.01))
+    ),
     "long-chunks": dataclasses.replace(TOY, chunk=16, chunk_memory=32),
     "static-query": dataclasses.replace(TOY, query="static"),
     "dot": dataclasses.replace(TOY, objective="dot"),

@@ -135,6 +135,39 @@ def test_a_rate_of_zero_writes_nothing_and_moves_no_other_level():
         assert torch.equal(layer.cms[0].w_in, expected.cms[0].w_in)
 
 
+def held_to(bound):
+    return dataclasses.replace(
+        TOY, cms_levels=(CMSLevel("one", 8, 0.1, bound), CMSLevel("two", 16, 0.3, bound))
+    )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_written_is_held_to_a_share_of_the_meta_weights(grad):
+    """However long the stream; without a bound it is past that, and a bound that nothing meets changes no bit."""
+    free, held, loose = (made(held_to(bound)) for bound in (None, 0.002, 50.0))
+    with torch.set_grad_enabled(grad):
+        now, bounded, untouched = (model(TOKENS).state for model in (free, held, loose))
+    met = 0
+    for i, j, level in levels(held):
+        for name in ("w_in", "w_out"):
+            most = 0.002 * float(getattr(level, name).detach().norm())
+            sizes = getattr(bounded.layers[i].cms[j], name).flatten(1).norm(dim=1)
+            unbounded = getattr(now.layers[i].cms[j], name)
+            assert (sizes <= most * (1 + 1e-9)).all()
+            met += int(((sizes > most * (1 - 1e-9)) & (unbounded.flatten(1).norm(dim=1) > most)).sum())
+            assert torch.equal(getattr(untouched.layers[i].cms[j], name), unbounded)
+    assert met >= 4
+
+
+def test_a_first_write_that_is_held_keeps_its_direction():
+    with torch.no_grad():
+        free, held = (made(held_to(bound))(TOKENS[:, :9]).state.layers[0].cms[0] for bound in (None, 1e-4))
+    for name in ("w_in", "w_out"):
+        a, b = getattr(free, name).flatten(1), getattr(held, name).flatten(1)
+        assert torch.allclose(torch.cosine_similarity(a, b), torch.ones(B, dtype=torch.float64), atol=1e-12)
+        assert (b.norm(dim=1) < a.norm(dim=1)).all()
+
+
 def test_a_write_goes_downhill():
     """The same tokens again, after a small write of one level alone, cost less."""
     model = made(dataclasses.replace(TOY, cms_levels=(CMSLevel("one", 8, 0.01),)))

@@ -114,6 +114,8 @@ def test_values_that_cannot_work(values, message):
         (("fa.st", 8), "must be a word"),
         (("fast", 8, -0.1), "learning_rate of CMS level 'fast' is -0.1"),
         (("fast", 8, float("nan")), "nan"),
+        (("fast", 8, 0.1, 0.0), "max_change of CMS level 'fast' is 0.0, must be above zero"),
+        (("fast", 8, 0.1, float("inf")), "max_change of CMS level 'fast' is inf"),
     ],
 )
 def test_levels_that_cannot_work(values, message):

@@ -9,25 +9,26 @@ from hopeprobe.model.reference import reference_losses
 TOLERANCE = 1e-12
 
 
-def test_losses_and_gradients(model, tokens):
+def test_losses_gradients_and_state(model, tokens):
     out = model(tokens[:2])
     out.losses.sum().backward()
     fast = {n: p.grad for n, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = None
-    expected = torch.stack([reference_losses(model, row)[0] for row in tokens[:2]])
+    found = [reference_losses(model, row) for row in tokens[:2]]
+    expected = torch.stack([losses for losses, _ in found])
     expected.sum().backward()
     assert (out.losses - expected).abs().max() <= TOLERANCE * expected.abs().max()
     for name, parameter in model.named_parameters():
         want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         got = torch.zeros_like(parameter) if fast[name] is None else fast[name]
         assert (got - want).abs().max() <= TOLERANCE * want.abs().max().clamp_min(1e-9), name
-
-
-def test_state(model, tokens):
     with torch.no_grad():
         state = model(tokens[:1]).state
-    _, traces = reference_losses(model, tokens[0])
+    check_state(model, state, found[0][1])
+
+
+def check_state(model, state, traces):
     for block, layer, trace in zip(model.blocks, state.layers, traces, strict=True):
         selfmod = block.selfmod
         groups = (selfmod.group_names, layer.selfmod.groups) if selfmod else ((), ())
