@@ -42,8 +42,9 @@ class Condition:
             function.
         batch: rows at a time where rows of a batch act on each other; results must not depend on the batch
             size that a person chose. None: theirs.
-        exact: whether it is computed in float64 where the model can (`Subject.exact`), as a rounding could turn what
-            it decides.
+        exact: whether windows in which a rounding could have turned a gate (`Subject.doubts`) are run again in
+            float64 (`Subject.exact`) where the model can, so that neither batches nor threads choose what is written.
+            Probes may read points whole then, not reduced.
 
     """
 

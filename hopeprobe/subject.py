@@ -137,6 +137,10 @@ class Subject:
         """
         return self
 
+    def doubts(self) -> str | None:
+        """Hook point [R, T] that is not 0 where a rounding could have turned a gate; None where no point says."""
+        return None
+
     # -- rows of a state ----------------------------------------------------------------------------------------
 
     def select_rows(self, state: Any, rows: Sequence[int]) -> Any:

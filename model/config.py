@@ -43,7 +43,9 @@ def _check_whole(most: int = _MOST, /, **values: object) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise BadInputError(f"{name} is {value!r}, must be a whole number")
         if abs(value) > most:
-            raise BadInputError(f"{name} is a whole number of {value.bit_length()} bits, must be at most {most}")
+            raise BadInputError(
+                f"{name} is a whole number of {value.bit_length()} bits, must be at most {most}"
+            )
 
 
 def _check_positive(**values: float) -> None:

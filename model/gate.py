@@ -24,6 +24,9 @@ from hopeprobe.model.config import GATE_RULES, GateConfig
 from hopeprobe.model.scores import Scored, Seen, hash_start, hash_tick, scored, uniform
 from hopeprobe.model.state import GateState
 
+#: How near a score may be to another, or to the threshold, so that a rounding could have put it on the wrong side: ten
+#: times what batches of another size move it by in float32. In the score's unit; of `assoc`, a share of the score.
+DOUBT = 2e-5
 #: Tokens owed that double the share that passes.
 _PATIENCE = 2.0
 _SCORE_SALT, _RANK_SALT = 1, 2
@@ -35,6 +38,7 @@ class Decision(NamedTuple):
     gate: Tensor  # (B, G, n): 0 and 1
     score: Tensor  # (B, G, n)
     state: GateState | None
+    doubt: Tensor | None  # (B, n) bool: a rounding could turn it; None where nobody asked
 
 
 class Gate:
@@ -67,11 +71,17 @@ class Gate:
         return GateState(nothing, empty, empty.clone(), empty.clone(), chain)
 
     def decide(
-        self, seen: Seen, state: GateState | None, position: int, surprise: Tensor | None = None
+        self,
+        seen: Seen,
+        state: GateState | None,
+        position: int,
+        surprise: Tensor | None = None,
+        doubting: bool = False,
     ) -> Decision:
         """Decide on a tick (B, n) after `position` tokens; 0 where a token has no target.
 
-        surprise: `seen.surprise` in the outer graph, for a straight-through gradient.
+        surprise: `seen.surprise` in the outer graph, for a straight-through gradient. doubting: whether somebody asks
+        what could be turned by `DOUBT`.
         """
         held = self._blank(seen.surprise) if state is None else state
         if (state is not None) != self.remembers or held.owed.shape[1] != self.width:
@@ -82,14 +92,21 @@ class Gate:
             made = scored(self.config.rule, self.config.decay, seen, held.mean, held.square, position)
             after = held._replace(mean=made.mean, square=made.square)
             gate = (made.score > self.threshold).to(made.score.dtype) * known
+            doubt = (made.score - self.threshold).abs() <= self._near(made.score)
         else:
             chains, chain = hash_tick(held.chain, seen.targets)
             made = self._ranked(seen, held, chains, position)
             after = held._replace(mean=made.mean, square=made.square, chain=chain)
-            gate, after = _budgeted(self.config, made.score, _chance(chains, _RANK_SALT, seen), after, known)
+            near = self._near(made.score) if doubting and self.config.rule != "random" else None
+            chance = _chance(chains, _RANK_SALT, seen)
+            gate, after, doubt = _budgeted(self.config, made.score, chance, after, known, near)
         if self.config.straight_through and surprise is not None:
             gate = self._passed_straight(gate, made, surprise, held, known)
-        return Decision(gate, made.score, None if state is None else after)
+        told = (doubt & (known > 0)).any(1) if doubting else None
+        return Decision(gate, made.score, None if state is None else after, told)
+
+    def _near(self, score: Tensor) -> Tensor:
+        return DOUBT * (score.abs() if self.config.rule == "assoc" else torch.ones_like(score))
 
     def _ranked(self, seen: Seen, held: GateState, chains: Tensor, position: int) -> Scored:
         if self.config.rule != "random":
@@ -129,20 +146,30 @@ class Gate:
 
 
 def _budgeted(
-    config: GateConfig, score: Tensor, chance: Tensor, state: GateState, known: Tensor
-) -> tuple[Tensor, GateState]:
-    """Gate (B, G, n) by a budget, and the state with what is owed after it and the scores that come to the past."""
+    config: GateConfig, score: Tensor, chance: Tensor, state: GateState, known: Tensor, near: Tensor | None
+) -> tuple[Tensor, GateState, Tensor]:
+    """Gate (B, G, n) by a budget, the state with what is owed after it and the scores that come to the past, doubts.
+
+    In doubt is a gate that would be another if scores of the past not further than `near` stood on its other side.
+    """
     budget, width, n = config.budget or 0.0, state.scores.shape[2], score.shape[2]
     line = torch.cat([state.scores, score], 2)
     past, mine = line.unfold(2, width, 1)[:, :, :n], score[..., None]  # (B, G, n, W): the W before each
     count, lower, equal = (~past.isnan()).sum(-1), (past < mine).sum(-1), (past == mine).sum(-1)
     rank = (count - lower - equal + chance * (1 + equal)) / (count + 1)
-    owed, gates = state.owed, []
+    owed, gates, cuts = state.owed, [], []
     for j in range(n):
-        passes = (rank[..., j] <= budget * (1.0 + owed / _PATIENCE)).to(score.dtype) * known[..., j]
+        cuts.append(budget * (1.0 + owed / _PATIENCE))
+        passes = (rank[..., j] <= cuts[-1]).to(score.dtype) * known[..., j]
         owed = owed + budget * known[..., j] - passes
         gates.append(passes)
-    return torch.stack(gates, -1), state._replace(scores=line[..., n:], owed=owed)
+    after = state._replace(scores=line[..., n:], owed=owed)
+    if near is None:
+        return torch.stack(gates, -1), after, torch.zeros_like(score, dtype=torch.bool)
+    margin, cut = near[..., None], torch.stack(cuts, -1)
+    ahead, at_most = (past > mine + margin).sum(-1), (past >= mine - margin).sum(-1)
+    doubt = ((ahead + chance) / (count + 1) <= cut) != ((at_most + chance) / (count + 1) <= cut)
+    return torch.stack(gates, -1), after, doubt
 
 
 def _chance(chains: Tensor, salt: int, seen: Seen) -> Tensor:

@@ -18,7 +18,7 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.hooks import Hooked, HookRegistry, HookSpec
 from hopeprobe.model.block import Block, Ready, ToWrite
 from hopeprobe.model.config import ModelConfig
-from hopeprobe.model.gate import Decision, Gate
+from hopeprobe.model.gate import DOUBT, Decision, Gate
 from hopeprobe.model.init import initialise
 from hopeprobe.model.inner import inner_gradients
 from hopeprobe.model.loss import (
@@ -109,6 +109,8 @@ class HopeModel(Hooked, nn.Module):
                 ("batch", "pos"), "tick", False, "score_t that the gate decides by; of `assoc` their mean"
             )
             self.hook_score = registry.add("hook_gate_score", score)
+            doubt = HookSpec(("batch", "pos"), "tick", False, f"[scores moved by {DOUBT:g} turn the gate]")
+            self.hook_doubt = registry.add("hook_gate_doubt", doubt)
             gate = HookSpec(("batch", "pos"), "tick", True, self.gate.equation())
             self.hook_gate = registry.add("hook_gate", gate)
         asked = config.gate.rule == "excess"
@@ -292,15 +294,16 @@ class HopeModel(Hooked, nn.Module):
             # The loss as a function of what the head reads, to first order; of the head's table it is a constant.
             in_graph = losses + ((final - final.detach()) * grads).sum(-1)
         told = torch.cat(entropy).view_as(losses) if entropy else None
-        return self.gate.decide(
-            Seen(losses, targets, unigram, told, assoc), state.gate, state.position, in_graph
-        )
+        seen = Seen(losses, targets, unigram, told, assoc)
+        return self.gate.decide(seen, state.gate, state.position, in_graph, self.hook_doubt.active)
 
     def _gates(self, decided: Decision, targets: Tensor) -> _Gates:
         """Write gates by mechanism, 0 where a row has ended."""
         scored = targets >= 0
         per_layer = self.gate.config.rule == "assoc"
         self.hook_score(decided.score.mean(1))
+        if decided.doubt is not None:
+            self.hook_doubt(decided.doubt.to(decided.score.dtype))
         shared = self.hook_gate(scored.to(decided.gate.dtype) if per_layer else decided.gate[:, 0])
         # A row whose tick lacks a target has ended inside it: like a stream cut there, it writes nothing more.
         complete = scored.all(dim=1, keepdim=True)

@@ -64,7 +64,11 @@ def scored(rule: str, decay: float, seen: Seen, mean: Tensor, square: Tensor, po
         return Scored(seen.assoc, one, mean, square)
     if rule in ("absolute", "quantile"):
         return Scored(s, one, mean, square)
-    n = s.shape[2]
+    n, given = s.shape[2], s.dtype
+    if (
+        rule == "zscore"
+    ):  # a variance is a small difference of large squares, and the root of a rounding is large
+        s, mean, square = s.double(), mean.double(), square.double()
     fade, mix = _decays(decay, n, s.dtype, s.device)
     finite = torch.where(s.isfinite(), s, 0.0)  # one that is not would be everywhere at once
     means = mean[..., None] * fade + finite @ mix  # (B, G, n + 1): before each token, and after the last
@@ -83,7 +87,8 @@ def scored(rule: str, decay: float, seen: Seen, mean: Tensor, square: Tensor, po
     squares = square[..., None] * fade + finite.square() @ mix
     deviation = (squares[..., :-1] / before - m.square()).clamp_min(0.0).sqrt()
     slope = torch.where(known, 1.0 / (deviation + _FLOOR), 0.0)
-    return Scored(slope * (s - m), slope, means[..., -1], squares[..., -1])
+    made = slope * (s - m), slope, means[..., -1], squares[..., -1]
+    return Scored(*(x.to(given) for x in made))
 
 
 # Kept for good, here and below: a recorded step (`captured.py`) reads them where they lie.

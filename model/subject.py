@@ -128,6 +128,10 @@ class HopeSubject(Subject):
         other.dtype = "float64"
         return other
 
+    def doubts(self) -> str | None:
+        """Where its gate says what was close."""
+        return "hook_gate_doubt" if self.module.config.writes else None
+
     def select_rows(self, state: State, rows: Sequence[int]) -> State:
         """Rows of a state, in this order."""
         return select_rows(state, list(rows))

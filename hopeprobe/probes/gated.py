@@ -8,7 +8,7 @@ So a rule that misses its budget is compared with a random gate that missed it b
 by the same control as every rule does, the score is all they differ in.
 
 Gates compare scores, and a rounding can turn which of two is the higher, so that another batch size would write other
-tokens: these passes are computed in float64 (`Subject.exact`), where no two scores that differ are as close.
+tokens: windows in which it could have are run again in float64 (`Condition.exact`), and so is what sets the threshold.
 
 The rule `absolute` has one threshold for all sequences: the quantile of the loss, when everything is written, that
 leaves the budget, of the same tokens. The other rules know only the past of their own sequence.
@@ -16,6 +16,7 @@ leaves the budget, of the same tokens. The other rules know only the past of the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import TYPE_CHECKING, NamedTuple
@@ -104,9 +105,11 @@ def condition(cell: Cell) -> Condition:
     return Condition(cell.name, run=functools.partial(_run, cell), prepare=prepare, exact=True)
 
 
+@functools.cache
 def still(writes: str) -> Condition:
-    """The mechanism written by no token."""
-    return frozen(None if writes == "all" else writes)
+    """The mechanism written by no token, the others as in the cells that it is compared with."""
+    closed = frozen(None if writes == "all" else writes)
+    return dataclasses.replace(closed, name=f"{writes}: nothing", exact=True)
 
 
 class Prepared(NamedTuple):
@@ -118,13 +121,14 @@ class Prepared(NamedTuple):
 
 def prepare(subject: Subject, windows: EvalWindows) -> Prepared:
     """Score the windows once with everything written."""
+    precise = subject.exact()
     own = ranks.shared(windows)
 
     def gather() -> Histogram:
         losses = Histogram()
-        with subject.gated(GateRule(RANDOM, 1.0)):
+        with precise.gated(GateRule(RANDOM, 1.0)):
             for batch in own:
-                out = subject.run(*as_tensors(batch))
+                out = precise.run(*as_tensors(batch))
                 scored = as_bool(out.scored)
                 values = finite_losses(out.losses, scored)[scored]
                 losses.update(np.maximum(values, 0.0))

@@ -8,6 +8,7 @@ model has diverged; then none is left out, and what cannot be measured is said a
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,10 +140,15 @@ class Suspects:
 
 def one_row(batch: EvalBatch, row: int) -> EvalBatch:
     """One window of a batch by itself."""
-    part, length = slice(row, row + 1), int(batch.lengths[row])
+    alone = rows_of(batch, slice(row, row + 1))
+    return dataclasses.replace(alone, tokens=alone.tokens[:, : int(batch.lengths[row]) + 1])
+
+
+def rows_of(batch: EvalBatch, rows: IntArray | slice) -> EvalBatch:
+    """Some windows of a batch, as wide as they were."""
     return EvalBatch(
-        batch.tokens[part, : length + 1], batch.lengths[part], batch.document[part], batch.group[part],
-        batch.start[part], batch.index[part],
+        batch.tokens[rows], batch.lengths[rows], batch.document[rows], batch.group[rows], batch.start[rows],
+        batch.index[rows],
     )  # fmt: skip
 
 

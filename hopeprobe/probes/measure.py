@@ -150,7 +150,6 @@ def _pass(
     leave_out: bool,
 ) -> Iterator[tuple[str, Accumulator]]:
     """Run one condition: what each probe has gathered, one after the other, each held by nobody else."""
-    subject = subject.exact() if condition.exact else subject
     try:
         if condition.prepare is not None and condition.prepare not in prepared:
             prepared[condition.prepare] = condition.prepare(subject, windows)

@@ -22,15 +22,26 @@ from hopeprobe import ranks
 from hopeprobe.conditions import as_tensors
 from hopeprobe.errors import BadInputError, HopeprobeError, MeasurementError
 from hopeprobe.hooks import ActivationCache, resolve
+from hopeprobe.stats import as_float64
 from hopeprobe.subject import MissingCapability
 
 from .base import Accumulator
-from .left_out import Suspects, WindowsNotFiniteError, bad_losses, bad_readings, bad_reduced, check_live
+from .left_out import (
+    Suspects,
+    WindowsNotFiniteError,
+    bad_losses,
+    bad_readings,
+    bad_reduced,
+    check_live,
+    rows_of,
+)
 from .readings import Readings, Reducing, check_positions
 from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
 
     from hopeprobe.conditions import Condition
     from hopeprobe.probes.base import Probe
@@ -100,7 +111,10 @@ def _run_pass(
     windows = condition.windows(windows)
     for probe in probes:
         try:
-            _reader(probe, subject, windows)
+            if _reader(probe, subject, windows).reducing is not None and condition.exact:
+                raise BadInputError(
+                    f"{probe.name} reads points reduced, which {condition.name} cannot run again"
+                )
             result.accumulators[probe.name] = probe.accumulator(subject, condition.name, windows)
             running.append(probe)
         except HopeprobeError as error:
@@ -291,31 +305,54 @@ class _Worker:
 
     def run(self, batch: EvalBatch, names: Sequence[str]) -> _Ran | HopeprobeError:
         """Run one batch for the probes named; an error that concerns them all is returned."""
-        subject, condition = self.subject, self.condition
         readers = {name: self.readers[name] for name in names}
-        wanted = sorted({hook for reader in readers.values() for hook in reader.cached})
-        # Whether a point fired is checked for each probe below: one that did not must not take others along.
+        wanted = {hook for reader in readers.values() for hook in reader.cached}
+        doubts = self.subject.doubts() if self.condition.exact else None
         try:
-            with ExitStack() as stack:
-                hooks = condition.hooks(subject, self.prepared, batch) if condition.hooks else ()
-                handle = stack.enter_context(subject.module.hooks(hooks, allow_unfired=True))
-                cache: ActivationCache = ActivationCache(())
-                if wanted:
-                    cache = stack.enter_context(subject.module.caching(wanted, allow_unfired=True))
-                for reader in readers.values():
-                    if reader.reducing is not None:
-                        stack.enter_context(reader.reducing.watching())
-                out = _scored(subject, condition, self.prepared, batch)
-            _check_fired(subject, condition, handle.fired, batch)
+            out, fired, cache = self._once(
+                self.subject, batch, wanted | ({doubts} if doubts else set()), readers
+            )
+            if doubts in cache and len(rows := np.flatnonzero((as_float64(cache[doubts]) != 0).any(axis=1))):
+                again, _, seen = self._once(self.subject.exact(), rows_of(batch, rows), wanted, {})
+                out = out._replace(losses=_put(out.losses, rows, again.losses))
+                cache = {name: _put(cache[name], rows, seen[name]) for name in wanted if name in cache}
         except HopeprobeError as error:
             return error
         read: dict[str, Readings | MeasurementError] = {}
         for name, reader in readers.items():
             try:
-                read[name] = _seen(subject, reader, cache, batch)
+                read[name] = _seen(self.subject, reader, cache, batch)
             except MeasurementError as error:
                 read[name] = error
-        return _Ran(out, handle.fired, read)
+        return _Ran(out, fired, read)
+
+    def _once(
+        self, subject: Subject, batch: EvalBatch, wanted: set[str], readers: Mapping[str, _Reader]
+    ) -> tuple[WindowLosses, Mapping[str, int], Mapping[str, Tensor]]:
+        """Run a batch: what it gave, how often the condition's hooks fired, and the points wanted.
+
+        Whether a point fired is checked for each probe after it: one that did not must not take others along.
+        """
+        condition = self.condition
+        with ExitStack() as stack:
+            hooks = condition.hooks(subject, self.prepared, batch) if condition.hooks else ()
+            handle = stack.enter_context(subject.module.hooks(hooks, allow_unfired=True))
+            cache: ActivationCache = ActivationCache(())
+            if wanted:
+                cache = stack.enter_context(subject.module.caching(sorted(wanted), allow_unfired=True))
+            for reader in readers.values():
+                if reader.reducing is not None:
+                    stack.enter_context(reader.reducing.watching())
+            out = _scored(subject, condition, self.prepared, batch)
+        _check_fired(subject, condition, handle.fired, batch)
+        return out, handle.fired, cache
+
+
+def _put(into: Tensor, rows: IntArray, fresh: Tensor) -> Tensor:
+    """The tensor with other rows, as precise as they are."""
+    whole = into.to(fresh.dtype, copy=True)
+    whole[rows] = fresh
+    return whole
 
 
 def _reader(probe: Probe, subject: Subject, windows: EvalWindows) -> _Reader:
@@ -330,7 +367,7 @@ def _reader(probe: Probe, subject: Subject, windows: EvalWindows) -> _Reader:
     return _Reader(cached, list(reduced), Reducing(subject, reduced, wanted))
 
 
-def _seen(subject: Subject, reader: _Reader, cache: ActivationCache, batch: EvalBatch) -> Readings:
+def _seen(subject: Subject, reader: _Reader, cache: Mapping[str, Tensor], batch: EvalBatch) -> Readings:
     """What a probe reads of one batch. Raises MeasurementError for points that every tick passes and did not fire."""
     seen = reader.reducing.readings(batch, cache) if reader.reducing else Readings(cache, {})
     points = subject.module.hook_dict

@@ -32,7 +32,7 @@ Fails. A budget counts tokens, not what they write: a surprising token's gradien
 takes larger steps. The oracle takes tokens one at a time and knows the losses that it is measured by. Rules are tried
 on a model that was trained with another gate.
 
-Cost: as many passes, in float64, as there are cells, 104 for a model with two mechanisms; as many for its initial weights, and on
+Cost: as many passes as there are cells, 104 for a model with two mechanisms; as many for its initial weights, and on
 1,024 tokens for fresh ones. So of more than 8,192 tokens the first are taken that fill a window for each group of
 documents; `RelativeSurprise(all_tokens=True)` takes all. Memory: some numbers for each cell and group. Source:
 "Dissecting HOPE", section 6, which asks for a relative surprise and measures none.

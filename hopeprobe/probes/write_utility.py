@@ -152,8 +152,7 @@ def _reader(
 def _read(
     budgets: tuple[float, ...], windows: EvalWindows, subject: Subject, batches: Sequence[EvalBatch]
 ) -> dict[Place, list[Reading]]:
-    """Readings of every row in every window; in float64, as what is ranked may be as close as roundings."""
-    subject = subject.exact()
+    """Readings of every row in every window."""
     prepared = prepare(subject, windows.take(sum(int(b.lengths.sum()) for b in batches)))
     found: dict[Place, list[Reading]] = defaultdict(list)
 

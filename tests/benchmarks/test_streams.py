@@ -139,7 +139,12 @@ def test_levels_with_a_max_change_stay_within_it():
     levels = tuple(dataclasses.replace(level, max_change=0.01) for level in SMALL.cms_levels)
     free, held = a_stream(), a_stream(config=dataclasses.replace(SMALL, cms_levels=levels))
     moved = [
-        max(values[1] for line in run(stream, 900, 100) for name, values in line["norms"].items() if ".cms." in name)
+        max(
+            values[1]
+            for line in run(stream, 900, 100)
+            for name, values in line["norms"].items()
+            if ".cms." in name
+        )
         for stream in (free, held)
     ]
     assert moved[1] <= 0.01 * (1 + 1e-5) < moved[0]

@@ -12,7 +12,7 @@ from scipy.stats import kstest
 
 from hopeprobe.model import gate as gate_module
 from hopeprobe.model.config import GateConfig
-from hopeprobe.model.gate import Gate
+from hopeprobe.model.gate import DOUBT, Gate
 from hopeprobe.model.scores import Seen, hash_start, hash_tick, uniform
 
 BUDGETS = [0.5, 0.25, 0.1, 0.05]
@@ -169,6 +169,62 @@ def test_a_budget_is_its_equations_for_numbers_with_ties(scores, budget, history
     assert gates[0].tolist() == gate_numpy.decided(config, scores, targets[0]).tolist()
 
 
+def doubted(config, surprise, targets, tick=8):
+    """Gates and doubts (B, T)."""
+    gate = Gate(config, 1.0, 1)
+    state, found = gate.init_state(len(surprise), surprise), []
+    for start in range(0, surprise.shape[1], tick):
+        part = slice(start, start + tick)
+        made = gate.decide(shown(surprise[:, part], targets[:, part]), state, start, doubting=True)
+        found.append((made.gate[:, 0], made.doubt))
+        state = made.state
+    return tuple(torch.cat(parts, 1) for parts in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GateConfig("quantile", 0.25, history=16),
+        GateConfig("quantile", 0.6, history=4),
+        GateConfig("assoc", 0.25, history=16),
+        GateConfig("excess", threshold=1.0),
+        GateConfig(),
+    ],
+    ids=lambda config: f"{config.rule} {config.budget}",
+)
+def test_the_first_gate_that_a_rounding_turns_is_one_in_doubt(config):
+    """Scores on a grid, so that many are as near as roundings; moved by less than a doubt, in the same streams."""
+    base = torch.randint(1, 6, (400, 40), generator=generator(1)).double() / 2
+    near = base + 0.4 * DOUBT * torch.randn(base.shape, generator=generator(2), dtype=torch.float64).clamp(
+        -1, 1
+    )
+    moved = near + 0.2 * DOUBT * torch.randn(base.shape, generator=generator(3), dtype=torch.float64).clamp(
+        -1, 1
+    )
+    targets = tokens_for(base, 4)
+    (gates, doubt), (others, _) = (doubted(config, x, targets) for x in (near, moved))
+    turned = gates != others
+    rows = turned.any(1).nonzero()[:, 0]
+    assert len(rows) > 20
+    first = turned.int().argmax(1)
+    assert bool(doubt[rows, first[rows]].all())
+    apart = torch.rand(400, 40, generator=generator(5), dtype=torch.float64) + base  # no two as near
+    assert doubted(config, apart, targets)[1].double().mean() < 0.002
+    assert doubt.double().mean() < 0.9
+
+
+def test_chance_is_never_in_doubt():
+    surprise = draw(50, 40)
+    assert not doubted(GateConfig("random", 0.25), surprise, tokens_for(surprise))[1].any()
+
+
+def test_nobody_who_does_not_ask_pays_for_doubts():
+    surprise = draw(2, 8)
+    gate = Gate(GateConfig("quantile", 0.25), 1.0, 1)
+    made = gate.decide(shown(surprise, tokens_for(surprise)), gate.init_state(2, surprise), 0)
+    assert made.doubt is None
+
+
 def test_the_whole_budget_passes_every_token():
     assert bool(decide(GateConfig("quantile", 1.0), draw(4, 600)).all())
 
@@ -259,7 +315,9 @@ def test_first_tokens_are_uniform_over_sequences():
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 4.5 / 20_000**0.5
 
 
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(0, 2**63 - 1), st.integers(0, 30))
+@given(
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(0, 2**63 - 1), st.integers(0, 30)
+)
 def test_the_hash_is_that_of_whole_numbers_in_any_pieces(tokens, seed, cut):
     targets = torch.tensor([tokens, tokens[::-1]])
     start = torch.full((2,), hash_start(seed), dtype=torch.int64)

@@ -459,7 +459,10 @@ def test_a_straight_through_gradient_reaches_a_chunk_that_is_closed(tokens):
         ({"rule": "quantile", "budget": 0.1, "history": 0}, "history is 0, must be above zero"),
         ({"rule": "quantile", "budget": 0.1, "history": 16.0}, "history is 16.0, must be a whole number"),
         ({"rule": "random", "budget": 0.1, "seed": 0.5}, "seed is 0.5, must be a whole number"),
-        ({"rule": "random", "budget": 0.1, "seed": 2**63}, "seed is a whole number of 64 bits, must be at most"),
+        (
+            {"rule": "random", "budget": 0.1, "seed": 2**63},
+            "seed is a whole number of 64 bits, must be at most",
+        ),
         ({"rule": "quantile", "budget": 0.1, "history": 10**5000}, "history is a whole number of 16610 bits"),
         ({"temperature": 0.0}, "temperature is 0.0, must be above zero"),
         ({"writes": "cmss"}, "gate writes is 'cmss'.*did you mean 'cms'"),

@@ -22,7 +22,7 @@ def table():
     """The design's table for two blocks: name -> (shape joined over the run, cadence, editable)."""
     tick, write = "tick", "write"
     rows = {"hook_embed": ((B, T, D), tick, True), "hook_gate": ((B, T), tick, True)}
-    rows["hook_surprise"] = rows["hook_gate_score"] = ((B, T), tick, False)
+    rows |= dict.fromkeys(("hook_surprise", "hook_gate_score", "hook_gate_doubt"), ((B, T), tick, False))
     for i in range(2):
         block, selfmod, cms = f"blocks.{i}", f"blocks.{i}.selfmod", f"blocks.{i}.cms"
         rows |= {f"{block}.hook_resid_{n}": ((B, T, D), tick, True) for n in ("pre", "mid", "post")}

@@ -7,8 +7,9 @@ import torch
 
 from hopeprobe.conditions import FROZEN, LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
+from hopeprobe.model import gate as gate_module
 from hopeprobe.model.subject import HopeSubject
-from hopeprobe.probes import PROBES, Probe, get_probe
+from hopeprobe.probes import PROBES, Probe, gated, get_probe
 from hopeprobe.probes.base import Accumulator
 from hopeprobe.probes.passes import run_pass
 from hopeprobe.subject import MissingCapability, WindowLosses
@@ -166,3 +167,64 @@ def test_the_registry_names_every_probe_and_offers_near_names():
             assert word in probe.describe().lower(), (name, word)
     with pytest.raises(BadInputError, match="did you mean 'cms-similarity'"):
         get_probe("cms_similarity")
+
+
+class Keeping(Watching):
+    """Keeps losses and what it reads, by the window's ordinal."""
+
+    def accumulator(self, subject, condition, windows):
+        return Kept(condition)
+
+
+class Kept(Seen):
+    def update(self, cache, losses, scored, batch):
+        for row, index in enumerate(batch.index):
+            read = {name: tensor[row].clone() for name, tensor in cache.items()}
+            self.batches.append((int(index), losses[row].clone(), read))
+
+
+GATES = "blocks.1.selfmod.hook_write_gate"
+
+
+@pytest.mark.parametrize("doubt", [0.0, 0.02, 100.0])
+def test_windows_in_which_a_gate_is_in_doubt_are_run_in_float64_and_no_others(
+    subject, windows, doubt, monkeypatch
+):
+    monkeypatch.setattr(gate_module, "DOUBT", doubt)
+    condition = gated.condition(gated.Cell("quantile", "all", 0.25))
+    prepared = condition.prepare(subject, windows)
+    result = run_pass(subject, windows, [Keeping("kept", [GATES])], condition, prepared)
+    assert not result.failed
+    assert subject.dtype == "float32"
+    assert subject.module.embed.dtype == torch.float32
+    rows = {index: (losses, read[GATES]) for index, losses, read in result.accumulators["kept"].batches}
+    assert len(rows) == windows.n_windows
+    doubted = 0
+    for batch in windows:
+        with subject.module.caching([GATES, "hook_gate_doubt"]) as cache:
+            single = condition.run(subject, prepared, batch)
+        precise = subject.exact()
+        with precise.module.caching([GATES]) as exact_cache:
+            double = condition.run(precise, prepared, batch)
+        assert double.losses.dtype == torch.float64
+        again = cache["hook_gate_doubt"].any(1)
+        doubted += int(again.sum())
+        for row, index in enumerate(batch.index):
+            losses, gates = rows[int(index)]
+            want, seen = (double, exact_cache) if again[row] else (single, cache)
+            # Of float32 another order of rows is another rounding; of float64 that is ten millions as small.
+            error = (losses.double() - want.losses[row].double()).abs().max()
+            assert error < (1e-13 if again[row] else 5e-6)
+            assert again[row] or (losses.double() - double.losses[row]).abs().max() > 1e-9
+            assert torch.equal(gates.double(), seen[GATES][row].double())
+    assert {0.0: doubted == 0, 0.02: 0 < doubted < windows.n_windows, 100.0: doubted == windows.n_windows}[
+        doubt
+    ]
+
+
+def test_what_is_run_again_cannot_be_read_reduced(subject, windows):
+    condition = gated.condition(gated.Cell("quantile", "all", 0.25))
+    probe = get_probe("meta-fast")
+    assert probe.reducers(subject)
+    result = run_pass(subject, windows, [probe], condition, condition.prepare(subject, windows))
+    assert "reads points reduced" in result.failed["meta-fast"]
