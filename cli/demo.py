@@ -51,7 +51,7 @@ def run_demo(out: Path, steps: int, seed: int) -> int:
             [row[1 : n + 1] for batch in watched for row, n in zip(batch.tokens, batch.lengths, strict=True)]
         )
         unigram = Unigram.fit(data.split_tokens("train"), data.vocab_size).loss(targets)
-        run = train(config, train_config, data, out, progress=training_progress(report, steps))
+        run = train(config, train_config, data, out, progress=training_progress(report, steps, []))
         trained = time.perf_counter() - started
         results = analyze(
             [step_path(out, run.step)],

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hopeprobe import ranks
 from hopeprobe.cli.terminal import Report, console, progress, say
@@ -32,10 +32,13 @@ def load_data(data: list[str], report: Report) -> TokenData:
     )
 
 
-def training_progress(report: Report, steps: int) -> Progress:
-    """What `train` calls after every step."""
+def training_progress(report: Report, steps: int, notes: list[str]) -> Progress:
+    """What `train` calls after every step; what people should know of one goes to `notes`."""
 
-    def after(step: int, metrics: dict[str, float]) -> None:
+    def after(step: int, metrics: dict[str, Any]) -> None:
+        for name, why in metrics.items():
+            if name.endswith("_not_finite"):
+                notes.append(f"step {step}: {name.removesuffix('_not_finite')} is not finite in {why}")
         text = f"training: loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tokens/s, step"
         report(text, step, steps)
 
@@ -88,6 +91,7 @@ def run_training(
         check_places(folders=[out])
         refuse_held(out)
     monitor = _monitor(probes, data, probe_every, probe_tokens)
+    notes: list[str] = []
     with progress() as report:
         tokens = load_data(data, report)
         if monitor is not None:
@@ -99,7 +103,7 @@ def run_training(
             tokens,
             out,
             resume=resume,
-            progress=training_progress(report, steps),
+            progress=training_progress(report, steps, notes),
             each_step=monitor,
             device=where,
             capture=capture,
@@ -110,6 +114,8 @@ def run_training(
             screen,
             f"probes every {probe_every} steps: {len(monitor.results.rows)} rows, in {out}/metrics.jsonl",
         )
+    for note in notes[-3:]:
+        say(console(stderr=True), note)
     say(screen, f"{out}: {run.step} steps, {epochs:.2g} epochs of {tokens.name}")
     say(screen, f"next: hopeprobe analyze {out}/step-{run.step:06d}.pt --all")
     return run

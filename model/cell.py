@@ -222,6 +222,7 @@ def _measured(spec: CellSpec, run: Run, windows: EvalWindows) -> dict[str, Any]:
     if not (math.isfinite(live.loss) and math.isfinite(frozen.loss)):
         raise DivergedError(
             f"after the last step the held-out loss is {live.loss} live, {frozen.loss} frozen"
+            + "".join(f"; {name}" for name in (*live.not_finite, *frozen.not_finite)[:1])
         )
     return {
         "live": live.loss,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hopeprobe import ranks
-from hopeprobe.hooks import HookPoint
+from hopeprobe.hooks import HookPoint, watching_finite
 from hopeprobe.model.block import Block
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.state import State
-from hopeprobe.tokens import EvalWindows
+from hopeprobe.tokens import EvalBatch, EvalWindows
 
 HookRequest = tuple[str, Callable[[Tensor, HookPoint], Tensor | None]]
 
@@ -52,6 +52,9 @@ class HeldOut(NamedTuple):
     loss: float  # mean cross-entropy, nats a token
     lowest: float  # the lowest of any token
     share_written: float  # of tokens that the gate lets through; NaN where nothing writes
+    not_finite: tuple[
+        str, ...
+    ] = ()  # windows with a loss that is not: each with its first token, layer and memory
 
 
 def gate_points(model: HopeModel) -> list[str]:
@@ -66,8 +69,12 @@ def gate_points(model: HopeModel) -> list[str]:
 
 @torch.no_grad()
 def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> HeldOut:
-    """Score windows, each from a fresh state; `frozen` closes every write gate. Ranks share the windows out."""
+    """Score windows, each from a fresh state; `frozen` closes every write gate. Ranks share the windows out.
+
+    A loss that is not finite makes the mean NaN: no window is left out, those that are to blame are named.
+    """
     total, lowest, count = 0.0, math.inf, 0
+    suspects: list[tuple[EvalBatch, int]] = []
     points, passed = gate_points(model), list[Tensor]()
     device = model.embed.device
 
@@ -80,14 +87,33 @@ def held_out(model: HopeModel, windows: EvalWindows, frozen: bool = False) -> He
         for batch in ranks.shared(windows):
             tokens = model.check_tokens(torch.from_numpy(batch.tokens)).to(device)
             out = model(tokens, torch.from_numpy(batch.lengths).to(device))
-            losses = out.losses.cpu()[out.scored.cpu()]
+            scored = out.scored.cpu()
+            losses = out.losses.cpu()[scored]
+            bad = (scored & ~out.losses.cpu().isfinite()).any(1)
+            suspects += [(batch, row) for row in bad.nonzero()[:, 0].tolist()]
             total += float(losses.double().sum())
             lowest = min(lowest, float(losses.min()))
             count += len(losses)
     open_gates = math.fsum(torch.stack(passed).cpu().tolist()) if passed else 0.0
-    totals, lows, counts, opened = zip(*ranks.gathered((total, lowest, count, open_gates)), strict=True)
+    named = tuple(_named(model, batch, row, frozen) for batch, row in suspects)
+    gathered = ranks.gathered((total, lowest, count, open_gates, named))
+    totals, lows, counts, opened, names = zip(*gathered, strict=True)
     share = math.fsum(opened) / (sum(counts) * len(points)) if points else math.nan
-    return HeldOut(math.fsum(totals) / sum(counts), min(lows), share)
+    not_finite = tuple(name for of_rank in names for name in of_rank)
+    mean = math.nan if not_finite else math.fsum(totals) / sum(counts)
+    return HeldOut(mean, min(lows), share, not_finite)
+
+
+def _named(model: HopeModel, batch: EvalBatch, row: int, frozen: bool) -> str:
+    """A window, and where its first value that is not finite is: it is run once more, by itself."""
+    length = int(batch.lengths[row])
+    tokens = torch.from_numpy(batch.tokens[row : row + 1, : length + 1]).to(model.embed.device)
+    hooks: list[Any] = list(freeze_hooks(model)) if frozen else []
+    with model.hooks(hooks, allow_unfired=True), watching_finite(model, [length]) as origins:
+        model(tokens)
+    start = int(batch.start[row])
+    where = f"first {origins[0]}" if 0 in origins else "finite by itself"
+    return f"document {int(batch.document[row])}, window from token {start}: {where}"
 
 
 class Watch:

@@ -23,6 +23,7 @@ from hopeprobe.locks import run_lock
 from hopeprobe.model import parallel
 from hopeprobe.model.captured import step_of
 from hopeprobe.model.config import ModelConfig
+from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
 from hopeprobe.model.metrics import MetricsFile, Unwritten
 from hopeprobe.model.run import Run, fresh, on_all_ranks, resumed, write_run_json
@@ -125,8 +126,7 @@ def _train(
                 "tokens_per_s": tokens[:, 1:].numel() / elapsed,
             }
             if unseen is not None and (run.step % config.eval_every == 0 or run.step == config.steps):
-                metrics["held_out_live"] = held_out(run.model, unseen).loss
-                metrics["held_out_frozen"] = held_out(run.model, unseen, frozen=True).loss
+                metrics |= _of_unseen(run.model, unseen)
             seen = None if each_step is None else each_step(run)
             write_line({"step": run.step, **metrics, **(seen or {})})
             if progress is not None:
@@ -138,6 +138,18 @@ def _train(
                 for callback in callbacks:
                     callback(run)
     return run
+
+
+def _of_unseen(model: HopeModel, windows: EvalWindows) -> dict[str, Any]:
+    """Losses of text that is not trained on; of one that is not finite also why."""
+    found: dict[str, Any] = {}
+    for name, frozen in (("held_out_live", False), ("held_out_frozen", True)):
+        seen = held_out(model, windows, frozen)
+        found[name] = seen.loss
+        if seen.not_finite:
+            shown = "; ".join(seen.not_finite[:3])
+            found[f"{name}_not_finite"] = f"{len(seen.not_finite)} of {windows.n_windows} windows: {shown}"
+    return found
 
 
 def _unseen(data: TokenData, model_config: ModelConfig, config: TrainConfig) -> EvalWindows | None:

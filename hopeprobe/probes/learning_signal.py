@@ -106,7 +106,11 @@ def read_gradients(subject: Subject, batches: Sequence[EvalBatch]) -> dict[Place
     found: dict[Place, list[Reading]] = {place: [] for place in rows}
 
     def run(worker: Subject, batch: EvalBatch) -> dict[str, float]:
-        return gradients(worker, *as_tensors(batch))
+        try:
+            return gradients(worker, *as_tensors(batch))
+        except MeasurementError as error:
+            where = f"document {int(batch.document[0])}, window from token {int(batch.start[0])}"
+            raise MeasurementError(f"{where}: {error}") from None
 
     for batch, squares in side_by_side(run, replicas(subject, len(batches)), batches):
         for place, names in rows.items():

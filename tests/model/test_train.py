@@ -186,6 +186,56 @@ def test_the_held_out_loss_is_that_of_the_windows(whole):
     assert abs(lines(whole)[-1]["held_out_live"] - losses.mean().item()) < 1e-6
 
 
+def poisoned(model, row):
+    """A hook that makes one window, of all that are read, not finite from its sixth token on."""
+    first = model.embed[torch.from_numpy(row)]
+    at = {}
+
+    def spoil(x, hook):
+        start = at[hook.name] = at.get(hook.name, -x.shape[1]) + x.shape[1]
+        if start >= len(row) - 1:
+            start = at[hook.name] = 0  # the next batch
+        out = x.clone()
+        for token in range(start, start + x.shape[1]):
+            if token == 5:
+                same = (x[:, token - start] == first[token]).all(1)
+                out[same, token - start] = torch.nan
+        return out
+
+    return [("hook_embed", spoil)]
+
+
+def test_a_held_out_window_that_is_not_finite_is_named(whole, monkeypatch):
+    model = read(step_path(whole, 6)).to_model()
+    windows = EvalWindows(DATA, context=16, tokens=64, batch=3)
+    batch = next(iter(windows))
+    row = batch.tokens[1]
+    others = {tuple(r[:6]) for b in windows for r in b.tokens} - {tuple(row[:6])}
+    assert row[5] not in {r[5] for r in others}
+    with torch.no_grad(), model.hooks(poisoned(model, row)):
+        seen = held_out(model, windows)
+    assert math.isnan(seen.loss)
+    (named,) = seen.not_finite
+    where = f"document {batch.document[1]}, window from token {batch.start[1]}: first token 5, "
+    assert named == where + "outside the layers (hook_embed)"
+
+
+def test_a_loss_that_is_not_finite_stands_in_the_metrics_with_its_window(tmp_path, monkeypatch):
+    def bad(model, windows, frozen=False):
+        found = held_out(model, windows, frozen)
+        return (
+            found if frozen else found._replace(loss=math.nan, not_finite=("document 7: first token 5",) * 5)
+        )
+
+    monkeypatch.setattr("hopeprobe.model.train.held_out", bad)
+    run(tmp_path)
+    last = lines(tmp_path)[-1]
+    assert last["held_out_live"] is None
+    assert last["held_out_live_not_finite"].startswith("5 of ")
+    assert last["held_out_live_not_finite"].count("document 7: first token 5") == 3
+    assert "held_out_frozen_not_finite" not in last
+
+
 def test_callbacks_after_each_checkpoint(tmp_path):
     seen = []
 

@@ -306,6 +306,23 @@ def test_what_is_not_finite_is_named(subject_of, settings):
         gradients(Steep(), torch.zeros(1, 3, dtype=torch.int64), torch.tensor([2]))
 
 
+def test_the_window_of_a_gradient_that_is_not_finite_is_named(subject_of, toy_data, monkeypatch):
+    subject, batches = subject_of(), sampled(windows_of(toy_data), 0)
+    last, loss = batches[-1], HopeSubject.loss
+
+    def steep(self, tokens, lengths=None):
+        found = loss(self, tokens, lengths)
+        mine = tokens.shape == last.tokens.shape and bool((tokens.numpy() == last.tokens).all())
+        return found + torch.sqrt(self.module.norm.weight[0] * 0) if mine else found
+
+    monkeypatch.setattr(HopeSubject, "loss", steep)
+    where = (
+        f"document {last.document[0]}, window from token {last.start[0]}: the gradient is not finite in norm"
+    )
+    with pytest.raises(MeasurementError, match=where):
+        read_gradients(subject, batches)
+
+
 def test_a_model_without_a_loss_is_not_applicable(subject_of, settings, monkeypatch):
     subject = subject_of()
     monkeypatch.setattr(type(subject), "loss", Subject.loss)
