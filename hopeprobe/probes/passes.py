@@ -312,7 +312,11 @@ class _Worker:
             out, fired, cache = self._once(
                 self.subject, batch, wanted | ({doubts} if doubts else set()), readers
             )
-            if doubts in cache and len(rows := np.flatnonzero((as_float64(cache[doubts]) != 0).any(axis=1))):
+            if (
+                doubts is not None
+                and doubts in cache
+                and len(rows := np.flatnonzero((as_float64(cache[doubts]) != 0).any(axis=1)))
+            ):
                 again, _, seen = self._once(self.subject.exact(), rows_of(batch, rows), wanted, {})
                 out = out._replace(losses=_put(out.losses, rows, again.losses))
                 cache = {name: _put(cache[name], rows, seen[name]) for name in wanted if name in cache}
