@@ -100,7 +100,8 @@ class Change(NamedTuple):
     def norm(self) -> Tensor:
         """Frobenius norm (B,) of the change in full, from its factors where it is thin."""
         if self.dense.shape[1]:
-            return torch.linalg.vector_norm(self.matrix(), dim=(1, 2))
+            norm: Tensor = torch.linalg.vector_norm(self.matrix(), dim=(1, 2))
+            return norm
         # ||L^T R||^2 = sum of (L L^T) * (R R^T)
         return ((self.left @ self.left.mT) * (self.right @ self.right.mT)).sum((1, 2)).clamp_min(0.0).sqrt()
 
