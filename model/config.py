@@ -340,9 +340,13 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint.
 
-        A gate left as it is by default is left out: what was identified by this before there were gates stays so.
+        A gate left as it is by default is left out, and so is a level's bound where there is none: what was identified
+        by this before there were these stays so.
         """
         content = dataclasses.asdict(self)
+        for level in content["cms_levels"]:
+            if level["max_change"] is None:
+                del level["max_change"]
         if self.gate == GateConfig():
             del content["gate"]
         return content

@@ -55,7 +55,7 @@ def test_published_keeps_the_sizes_and_switches_the_rule():
         objective=st.sampled_from(["half-l2", "l2", "dot"]),
         eta_bias=st.none() | st.floats(-5, 5),
         cms_levels=st.lists(st.integers(1, 64), min_size=1, max_size=3).map(
-            lambda ps: tuple(CMSLevel(f"l{i}", p, 0.1 * i) for i, p in enumerate(ps))
+            lambda ps: tuple(CMSLevel(f"l{i}", p, 0.1 * i, 0.5 if p % 3 else None) for i, p in enumerate(ps))
         ),
     )
 )
@@ -121,6 +121,15 @@ def test_values_that_cannot_work(values, message):
 def test_levels_that_cannot_work(values, message):
     with pytest.raises(BadInputError, match=message):
         CMSLevel(*values)
+
+
+def test_what_is_left_as_it_is_by_default_is_no_part_of_the_plain_data():
+    """Digests of it, of grids and of nulls, are those of versions that did not have it."""
+    plain = ModelConfig().to_dict()
+    assert "gate" not in plain
+    assert all(set(level) == {"name", "period", "learning_rate"} for level in plain["cms_levels"])
+    held = ModelConfig(cms_levels=(CMSLevel("fast", 8, max_change=0.5), CMSLevel("slow", 64))).to_dict()
+    assert [level.get("max_change") for level in held["cms_levels"]] == [0.5, None]
 
 
 def test_unknown_presets_and_variants_offer_near_names():
