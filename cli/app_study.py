@@ -11,6 +11,7 @@ from hopeprobe.cli.options import (
     Batch,
     CheckpointEvery,
     Data,
+    Device,
     HeldOutTokens,
     LearningRate,
     Preset,
@@ -45,6 +46,7 @@ def ablate(
     published: Published = False,
     workers: Workers = None,
     threads: Threads = 1,
+    device: Device = "auto",
     probes: Annotated[
         str,
         typer.Option("--probes", help="Probes to run on the checkpoints, commas between; all: every one."),
@@ -65,7 +67,7 @@ def ablate(
 
     options = GridOptions(
         out, preset, data, seeds, steps, batch, learning_rate, tokens, checkpoint_every, truncate_ticks, published,
-        workers, threads,
+        workers, threads, device,
     )  # fmt: skip
     probing = ProbeOptions.typed(probes, probe_steps, probe_tokens)
     if probing is None:
@@ -91,13 +93,14 @@ def sweep(
     published: Published = False,
     workers: Workers = None,
     threads: Threads = 1,
+    device: Device = "auto",
 ) -> None:
     """Train `full` at several surprise thresholds; those under the lowest surprise are one computation and run once."""
     from hopeprobe.cli.study import GridOptions, run_ablation
 
     options = GridOptions(
         out, preset, data, seeds, steps, batch, learning_rate, tokens, checkpoint_every, truncate_ticks, published,
-        workers, threads,
+        workers, threads, device,
     )  # fmt: skip
     raise typer.Exit(run_ablation(options, [], threshold))
 

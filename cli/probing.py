@@ -64,6 +64,7 @@ def probe_cells(
     data: TokenData,
     options: ProbeOptions,
     report: Report,
+    device: str = "cpu",
 ) -> list[str]:
     """Probe every cell that was run itself; what could not be measured, a sentence each.
 
@@ -78,7 +79,7 @@ def probe_cells(
         for step in options.steps or regular:
             path, what = step_path(spec.folder, step), f"{spec.name}, seed {spec.seed}"
             if path.exists():
-                missing += [f"{what}: {why}" for why in _probe(path, data, options, report, what)]
+                missing += [f"{what}: {why}" for why in _probe(path, data, options, report, what, device)]
             else:
                 missing.append(f"{what}: there is no checkpoint of step {step}")
     rows: list[Probed] = []
@@ -97,7 +98,9 @@ def probe_cells(
     return missing
 
 
-def _probe(path: Path, data: TokenData, options: ProbeOptions, report: Report, what: str) -> list[str]:
+def _probe(
+    path: Path, data: TokenData, options: ProbeOptions, report: Report, what: str, device: str
+) -> list[str]:
     """Measure what is not kept yet of one checkpoint and keep each probe's results; what could not be measured."""
     files = {name: path.parent / _KEPT / f"{name}-{path.stem}.json" for name in options.probes}
     wanted = [name for name, file in files.items() if _kept(file, data, options.tokens) is None]
@@ -109,6 +112,7 @@ def _probe(path: Path, data: TokenData, options: ProbeOptions, report: Report, w
             probes=wanted,
             data=data,
             tokens=options.tokens,
+            device=device,
             progress=lambda text, done, total: report(f"probing: {what}, {text}, batch", done, total),
         )
     except HopeprobeError as error:  # a damaged checkpoint too: the others can still be measured

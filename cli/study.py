@@ -16,6 +16,7 @@ from rich.table import Table as RichTable
 from hopeprobe.cli.probing import ProbeOptions, probe_cells
 from hopeprobe.cli.terminal import console, progress, say, shown
 from hopeprobe.cli.training import load_data
+from hopeprobe.devices import find_device
 from hopeprobe.errors import BadInputError, DivergedError, MeasurementError, near_names
 from hopeprobe.locks import refuse_held, run_lock
 from hopeprobe.model.config import PRESET_LEARNING_RATE
@@ -49,6 +50,7 @@ class GridOptions:
     published: bool
     workers: int | None
     threads: int
+    device: str
 
 
 def variants_from(text: str) -> list[str]:
@@ -94,6 +96,7 @@ def run_ablation(
         options.published,
         options.truncate_ticks,
         options.threads,
+        str(find_device(options.device)),
     )
     names = list(dict.fromkeys([REFERENCE, *variants]))
     specs = cells(setting, options.out, names, range(options.seeds), thresholds)
@@ -115,7 +118,9 @@ def run_ablation(
             written = [grid.write(options.out), *write_tables(grid, options.out)]
             failures = list(ran.failures)
             if probing is not None:
-                failures += probe_cells(options.out, specs, ran.records, data, probing, report)
+                failures += probe_cells(
+                    options.out, specs, ran.records, data, probing, report, setting.device
+                )
             found = Comparison((grid,), grid, probed_in(options.out))
             written += write_claims(found.answers, options.out)
             written += save_study_figures(found, options.out)

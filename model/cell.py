@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import hopeprobe
+from hopeprobe.devices import device_name, find_device
 from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError, DivergedError, HopeprobeError
 from hopeprobe.files import write_atomically
@@ -60,6 +61,7 @@ class CellSpec:
     folder: Path
     threshold: float | None = None
     threads: int = 1
+    device: str = "cpu"
 
     def to_json(self) -> str:
         """One line."""
@@ -168,7 +170,7 @@ def run_cell(spec: CellSpec, data: TokenData, told: Told | None = None) -> dict[
         "steps": spec.train.steps, "status": "done", "same_as": None, "why": "",
         "threads": torch.get_num_threads(),
         "model": spec.model.to_dict(), "shared": spec.shared(data), "identity": spec.identity(data),
-        "machine": machine(), "parameters": sum(w.numel() for w in HopeModel.shapes(spec.model).values()),
+        "machine": machine(spec.device), "parameters": sum(w.numel() for w in HopeModel.shapes(spec.model).values()),
         "versions": {"hopeprobe": hopeprobe.__version__, "torch": torch.__version__},
     }  # fmt: skip
     windows = EvalWindows(data, context=spec.model.context, tokens=spec.tokens, batch=_EVAL_BATCH)
@@ -182,7 +184,7 @@ def run_cell(spec: CellSpec, data: TokenData, told: Told | None = None) -> dict[
             data,
             spec.folder,
             resume=bool(run_checkpoints(spec.folder)),
-            device="cpu",
+            device=spec.device,
             progress=None if told is None else lambda step, metrics: told(step, metrics["loss"]),
         )
         record |= _measured(spec, run, windows)
@@ -201,8 +203,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def machine() -> dict[str, Any]:
-    """Where this runs."""
+def machine(device: str) -> dict[str, Any]:
+    """Where this runs; `device` as `find_device` takes it."""
     processor = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -211,7 +213,7 @@ def machine() -> dict[str, Any]:
                 break
     except OSError:
         pass
-    return {"processor": processor, "cores": os.cpu_count(), "device": "cpu"}
+    return {"processor": processor, "cores": os.cpu_count(), "device": device_name(find_device(device))}
 
 
 def _measured(spec: CellSpec, run: Run, windows: EvalWindows) -> dict[str, Any]:

@@ -51,6 +51,7 @@ class Setting:
     use_published: bool = False
     truncate_ticks: int = 0
     threads: int = 1
+    device: str = "cpu"
 
 
 def cells(
@@ -79,6 +80,7 @@ def cells(
             folder / name / f"seed-{seed}",
             threshold,
             setting.threads,
+            setting.device,
         )
         for seed in seeds
         for name, variant, threshold in named
@@ -93,7 +95,9 @@ def _config(setting: Setting, variant: str, threshold: float | None) -> ModelCon
 
 
 def workers_for(specs: Sequence[CellSpec]) -> int:
-    """How many cells to run at once by default: one a core, as far as memory goes."""
+    """How many cells to run at once by default: one a core, as far as memory goes; on a device one."""
+    if any(spec.device != "cpu" for spec in specs):
+        return 1
     most = min(fitting(spec.model, spec.train.batch) for spec in specs)
     threads = max(spec.threads for spec in specs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ import torch
         ("cuda:7", "there is no cuda:7 here"),
     ],
 )
-@pytest.mark.parametrize("command", ["train", "analyze", "baseline", "check", "report"])
+@pytest.mark.parametrize("command", ["train", "analyze", "baseline", "check", "report", "ablate", "sweep"])
 def test_a_device_that_is_not_there(call, trained, text, tmp_path, monkeypatch, command, device, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     checkpoint, data = trained / "step-000003.pt", ("--data", text)
@@ -29,6 +29,8 @@ def test_a_device_that_is_not_there(call, trained, text, tmp_path, monkeypatch, 
         "baseline": (checkpoint, *data, "--output", tmp_path / "new.json"),
         "check": (checkpoint, "--baseline", kept),
         "report": (checkpoint, *data, "-o", tmp_path / "page.html"),
+        "ablate": ("--preset", "nano", "--steps", 1, *data, "--out", tmp_path / "grid"),
+        "sweep": ("--preset", "nano", "--steps", 1, *data, "--threshold", 1, "--out", tmp_path / "grid"),
     }
     before = sorted(tmp_path.iterdir())
     code, _, said = call(command, *arguments[command], "--device", device)

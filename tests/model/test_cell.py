@@ -13,6 +13,7 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.model.cell import RECORD, CellSpec, computation, read_record, run_cell, same_computation
 from hopeprobe.model.checkpoint import read, step_path
 from hopeprobe.model.config import CMSLevel, GateConfig, ModelConfig
+from hopeprobe.model.grid import workers_for
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.variants import VARIANTS
@@ -47,6 +48,24 @@ def spec(folder, variant="full", seed=5, threshold=None, name=None, steps=4, tok
 def full(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cell")
     return spec(folder), run_cell(spec(folder), DATA)
+
+
+@pytest.mark.slow
+def test_a_cell_on_a_device_is_the_one_on_the_cpu(full, tmp_path):
+    from pretend import DEVICE
+
+    _, here = full
+    there = run_cell(dataclasses.replace(spec(tmp_path), device=DEVICE), DATA)
+    assert (here["machine"]["device"], there["machine"]["device"]) == ("cpu", "pretend")
+    assert there["identity"] == here["identity"]
+    for name in ("live", "frozen", "surprise_min", "train_loss"):
+        assert math.isclose(there[name], here[name], rel_tol=1e-4), name
+
+
+def test_cells_on_a_device_run_one_at_a_time(tmp_path):
+    ours, theirs = spec(tmp_path), dataclasses.replace(spec(tmp_path), device="cuda:0")
+    assert workers_for([ours, ours]) >= workers_for([theirs, theirs]) == 1
+    assert CellSpec.from_json(theirs.to_json()) == theirs
 
 
 def test_the_record_is_what_the_last_checkpoint_gives(full):
