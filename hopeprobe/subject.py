@@ -131,7 +131,7 @@ class Subject:
         return None
 
     def exact(self) -> Subject:
-        """The same weights and hooks in a model of its own that computes in float64; itself where there is none.
+        """The same weights in a model of its own, with hook points of its own, that computes in float64; else itself.
 
         For what hangs on an order of numbers, which a rounding of float32 can turn: ranks, and gates that go by them.
         """

@@ -92,20 +92,23 @@ class Gate:
             made = scored(self.config.rule, self.config.decay, seen, held.mean, held.square, position)
             after = held._replace(mean=made.mean, square=made.square)
             gate = (made.score > self.threshold).to(made.score.dtype) * known
-            doubt = (made.score - self.threshold).abs() <= self._near(made.score)
+            doubt = (made.score - self.threshold).abs() <= self._near(made.score) if doubting else None
         else:
             chains, chain = hash_tick(held.chain, seen.targets)
             made = self._ranked(seen, held, chains, position)
             after = held._replace(mean=made.mean, square=made.square, chain=chain)
-            near = self._near(made.score) if doubting and self.config.rule != "random" else None
+            near = self._near(made.score) if doubting else None
             chance = _chance(chains, _RANK_SALT, seen)
             gate, after, doubt = _budgeted(self.config, made.score, chance, after, known, near)
         if self.config.straight_through and surprise is not None:
             gate = self._passed_straight(gate, made, surprise, held, known)
-        told = (doubt & (known > 0)).any(1) if doubting else None
+        told = (doubt & (known > 0)).any(1) if doubting and doubt is not None else None
         return Decision(gate, made.score, None if state is None else after, told)
 
     def _near(self, score: Tensor) -> Tensor:
+        """How near (B, G, n) is in doubt; of chance, which is exact, nothing: no number is nearer than NaN."""
+        if self.config.rule == "random":
+            return torch.full_like(score, torch.nan)
         return DOUBT * (score.abs() if self.config.rule == "assoc" else torch.ones_like(score))
 
     def _ranked(self, seen: Seen, held: GateState, chains: Tensor, position: int) -> Scored:
@@ -147,10 +150,11 @@ class Gate:
 
 def _budgeted(
     config: GateConfig, score: Tensor, chance: Tensor, state: GateState, known: Tensor, near: Tensor | None
-) -> tuple[Tensor, GateState, Tensor]:
+) -> tuple[Tensor, GateState, Tensor | None]:
     """Gate (B, G, n) by a budget, the state with what is owed after it and the scores that come to the past, doubts.
 
-    In doubt is a gate that would be another if scores of the past not further than `near` stood on its other side.
+    In doubt is a gate that would be another if scores of the past not further than `near` stood on its other side; None
+    where `near` is.
     """
     budget, width, n = config.budget or 0.0, state.scores.shape[2], score.shape[2]
     line = torch.cat([state.scores, score], 2)
@@ -165,7 +169,7 @@ def _budgeted(
         gates.append(passes)
     after = state._replace(scores=line[..., n:], owed=owed)
     if near is None:
-        return torch.stack(gates, -1), after, torch.zeros_like(score, dtype=torch.bool)
+        return torch.stack(gates, -1), after, None
     margin, cut = near[..., None], torch.stack(cuts, -1)
     ahead, at_most = (past > mine + margin).sum(-1), (past >= mine - margin).sum(-1)
     doubt = ((ahead + chance) / (count + 1) <= cut) != ((at_most + chance) / (count + 1) <= cut)

@@ -120,7 +120,7 @@ class HopeSubject(Subject):
         return other
 
     def exact(self) -> HopeSubject:
-        """A copy in float64, hooks included; itself where it is one already, or rounds activations on purpose."""
+        """A copy in float64; itself where it is one already, or rounds activations on purpose."""
         if self.module.embed.dtype == torch.float64 or self.module.activations is not None:
             return self
         other = copy.copy(self)
