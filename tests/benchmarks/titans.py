@@ -97,14 +97,14 @@ def theirs(mine: Titans, chunk: int, sequential: bool) -> nn.Module:
 
 @torch.no_grad()
 def run_ours(layer: Titans, x: Tensor) -> Tensor:
-    """Read and write all of x (B, T, d), a chunk at a time."""
+    """Read and write all of x (B, T, d), a chunk at a time, as `HopeModel` does: no state but the last is anybody's."""
     tick = layer.config.chunk_memory
     state, outputs = layer.init_state(len(x)), []
     gate = torch.ones(len(x), tick, dtype=x.dtype)
     for at in range(0, x.shape[1], tick):
-        out, made, _ = layer.read(x[:, at : at + tick], state, None, at)
+        out, made, _ = layer.read(x[:, at : at + tick], state, None, at, outer=False)
         outputs.append(out)
-        state = layer.write(state, made, gate)
+        state = layer.write(state, made, gate, donated=True)
     return torch.cat(outputs, 1)
 
 
