@@ -148,3 +148,11 @@ def test_levels_with_a_max_change_stay_within_it():
         for stream in (free, held)
     ]
     assert moved[1] <= 0.01 * (1 + 1e-5) < moved[0]
+
+
+def test_the_record_of_a_held_stream_is_at_its_bound_and_not_over_it():
+    record = json.loads((RECORD.parent / "streams-held.json").read_text(encoding="utf-8"))
+    assert record["reached"] == 2_000_000
+    levels = [one for name, one in record["norms"].items() if ".cms." in name]
+    assert max(one["largest_distance"] for one in levels) == pytest.approx(0.25, rel=1e-5)
+    assert max(one["largest_ratio"] for one in levels) < 1.25
