@@ -108,6 +108,8 @@ def read_gradients(subject: Subject, batches: Sequence[EvalBatch]) -> dict[Place
     def run(worker: Subject, batch: EvalBatch) -> dict[str, float]:
         try:
             return gradients(worker, *as_tensors(batch))
+        except MissingCapability:
+            raise
         except MeasurementError as error:
             where = f"document {int(batch.document[0])}, window from token {int(batch.start[0])}"
             raise MeasurementError(f"{where}: {error}") from None

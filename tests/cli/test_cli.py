@@ -189,6 +189,7 @@ def test_where_nothing_could_be_measured_nothing_is_written(call, trained, text,
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_train_then_resume(call, text, tmp_path):
     options = ("train", "--preset", "nano", "--data", text, "--batch", 1, "--out", tmp_path / "run")
     assert call(*options, "--steps", 1).code == 0
@@ -210,6 +211,7 @@ def test_export_writes_safetensors(call, trained, tmp_path):
     assert not (tmp_path / "none.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_probes_run_while_it_trains(call, text, tmp_path):
     given = (
         "train",
@@ -484,6 +486,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_path_is_printed_as_it_is(call, text, tmp_path):
     folder = tmp_path / "runs[lr3]"
     done = call("train", "--preset", "nano", "--data", text, "--batch", 1, "--steps", 1, "--out", folder)
@@ -491,6 +494,7 @@ def test_a_path_is_printed_as_it_is(call, text, tmp_path):
     assert f"next: hopeprobe analyze {folder}/step-000001.pt" in done.out
 
 
+@pytest.mark.slow
 def test_tokenising_does_not_print_a_line_a_document(call, text, tmp_path, monkeypatch):
     monkeypatch.setenv("HOPEPROBE_CACHE", str(tmp_path / "empty"))
     options = ("--preset", "nano", "--batch", 1, "--steps", 1)
@@ -505,6 +509,7 @@ def test_a_name_too_long_for_the_system(call, command):
     assert "too long" in done.err
 
 
+@pytest.mark.slow
 def test_several_checkpoints_have_a_figure_each(call, trained, text, tmp_path):
     done = call(
         "analyze", trained / "step-000001.pt", trained / "step-000003.pt", "--probe", "cms-similarity",

@@ -27,6 +27,7 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_takes_it(call, own, text):
     listed = call("hooks", "step-0.pt", "--map", "map.toml")
     assert listed.code == 0

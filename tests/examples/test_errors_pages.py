@@ -31,11 +31,6 @@ from hopeprobe.stats import Verdict
 PAGES = Path(__file__).parents[2] / "examples" / "errors"
 INDEX = PAGES / "README.md"
 SLUGS = sorted(path.stem for path in PAGES.glob("*.md") if path != INDEX)
-SLOW = {
-    "interrupted",
-    "no-signal",
-    "diverged",
-}  # a process of its own; weights that slow arithmetic down; a diverging run
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 INTERRUPTED = "^C\n"  # what a terminal shows first where a person pressed Ctrl-C
@@ -243,9 +238,8 @@ def test_a_page_is_short_and_says_why_and_what_to_do(slug):
     assert max(len(line) for line in lines) <= 120
 
 
-@pytest.mark.parametrize(
-    "slug", [pytest.param(s, marks=pytest.mark.slow if s in SLOW else ()) for s in SLUGS]
-)
+@pytest.mark.slow  # the index trains models for them
+@pytest.mark.parametrize("slug", SLUGS)
 def test_a_page_is_true(slug, workplace, errors):
     check_page(page(slug), workplace, errors)
 

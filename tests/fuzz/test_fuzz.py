@@ -30,6 +30,7 @@ def outcomes(first, each):
     return counts
 
 
+@pytest.mark.slow
 def test_a_few_hundred():
     outcomes(0, 11)
 

@@ -221,6 +221,7 @@ def test_an_untrained_model_has_learned_nothing_however_much_its_writes_help(tex
     assert set(verdicts.values()) <= {"at-init", "no-signal", "inconclusive"}
 
 
+@pytest.mark.slow
 def test_no_toy_model_of_another_seed_has_learned(subject_of, configs, settings):
     class Impostor(HopeSubject):
         def own_init(self):

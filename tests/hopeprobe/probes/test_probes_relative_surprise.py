@@ -55,6 +55,7 @@ def called(seed, tmp_path, probe=FEW):
     return any(BEATS in r.note for r in compared)
 
 
+@pytest.mark.slow
 def test_no_winner_is_called_among_equals(tmp_path):
     """In 8 streams of exchangeable tokens; in 400 in the slow test. More than 2 of 8 has probability 0.006."""
     assert sum(called(seed, tmp_path) for seed in range(8)) <= 2

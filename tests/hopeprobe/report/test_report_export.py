@@ -61,6 +61,7 @@ def renamed(results, *names):
     )
 
 
+@pytest.mark.slow
 def test_names_that_a_file_system_cannot_tell_apart_are_files_of_their_own(measured, toy_run, tmp_path):
     names = ("a/step.pt", "a step.pt", "A-Step.pt")
     curve = draw_loss_curve(toy_run / "metrics.jsonl")
