@@ -124,8 +124,10 @@ class HopeSubject(Subject):
         if self.module.embed.dtype == torch.float64 or self.module.activations is not None:
             return self
         other = copy.copy(self)
-        other.module = copy.deepcopy(self.module).double()
-        other.dtype = "float64"
+        model = HopeModel(self.module.config, None, torch.float64)
+        model.load_state_dict(self.module.state_dict())
+        model.seed = self.seed
+        other.module, other.dtype = self._alike(model), "float64"
         return other
 
     def doubts(self) -> str | None:

@@ -354,9 +354,9 @@ class _Worker:
 
 def _put(into: Tensor, rows: IntArray, fresh: Tensor) -> Tensor:
     """The tensor with other rows, as precise as they are."""
-    whole = into.to(fresh.dtype, copy=True)
-    whole[rows] = fresh
-    return whole
+    import torch
+
+    return into.to(fresh.dtype).index_copy(0, torch.from_numpy(rows).to(into.device), fresh)
 
 
 def _reader(probe: Probe, subject: Subject, windows: EvalWindows) -> _Reader:

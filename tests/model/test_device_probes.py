@@ -100,7 +100,7 @@ def test_a_subject_moves_with_what_is_made_of_it(checkpoint):
     subject = hopeprobe.load(checkpoint, device=DEVICE)
     others = [
         subject, subject.own_init(), subject.reinitialised(7), subject.with_gate(GateRule("quantile", 0.5)),
-        subject.sibling(checkpoint), subject.replica(),
+        subject.sibling(checkpoint), subject.replica(), subject.exact(),
     ]  # fmt: skip
     tokens = torch.randint(0, 53, (2, 17))
     for one in others:
