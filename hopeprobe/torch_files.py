@@ -93,6 +93,8 @@ def read_torch(path: Path, mapped: bool = False) -> object:
         raise BadInputError(
             f"{path} is damaged: {error}; take another checkpoint of the run, or ask whoever wrote it"
         ) from None
+    except MemoryError:
+        raise BadInputError(f"{path} does not fit into memory ({size} bytes)") from None
     except Exception:  # noqa: BLE001, S110 - zipfile, pickle, torch: twenty kinds for a damaged or foreign file
         pass  # said below, by how the file begins
     if b"PK\x03\x04".startswith(magic):

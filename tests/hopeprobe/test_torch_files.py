@@ -88,6 +88,16 @@ def test_lists_without_end(path):
     refused(path, "deep in each other")
 
 
+def test_a_file_that_does_not_fit_is_not_called_damaged(path, monkeypatch):
+    torch.save({"a": torch.zeros(3)}, path)
+
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", full)
+    refused(path, "does not fit into memory")
+
+
 def test_a_tensor_larger_than_its_file(path):
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, path)
     refused(path, "a tensor of 1099511627776 numbers")
