@@ -19,6 +19,17 @@ if importlib.util.find_spec("hypothesis"):  # not where other people's packages 
     settings.load_profile("patient")
 
 
+@pytest.fixture
+def one_thread():
+    """One thread of torch, and what there was before after it."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Ended(NamedTuple):
     code: int
     out: str

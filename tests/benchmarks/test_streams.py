@@ -21,12 +21,7 @@ SMALL = ModelConfig(vocab_size=61, dim=8, layers=1, context=32, heads=2)
 RECORD = Path(__file__).parent / "results" / "streams.json"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def a_stream(gate=None, streams=3, config=SMALL, n=2000):

@@ -18,11 +18,8 @@ VOCAB, CONTEXT = 23, 16
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _alone(one_thread):
+    """Every test here keeps to one thread."""
 
 
 def chain(rows, length, seed):
