@@ -44,7 +44,7 @@ class Condition:
             size that a person chose. None: theirs.
         exact: whether windows in which a rounding could have turned a gate (`Subject.doubts`) are run again in
             float64 (`Subject.exact`) where the model can, so that neither batches nor threads choose what is written.
-            Probes may read points whole then, not reduced.
+            Probes may read points that fire every tick then, whole, and no others.
 
     """
 

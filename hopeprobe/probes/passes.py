@@ -111,9 +111,11 @@ def _run_pass(
     windows = condition.windows(windows)
     for probe in probes:
         try:
-            if _reader(probe, subject, windows).reducing is not None and condition.exact:
+            reader = _reader(probe, subject, windows)
+            if condition.exact and not _can_be_run_again(reader, subject):
                 raise BadInputError(
-                    f"{probe.name} reads points reduced, which {condition.name} cannot run again"
+                    f"{probe.name} reads writes, or points reduced: under {condition.name} a few windows are run "
+                    "again, and these fire as the rows beside them do"
                 )
             result.accumulators[probe.name] = probe.accumulator(subject, condition.name, windows)
             running.append(probe)
@@ -312,14 +314,8 @@ class _Worker:
             out, fired, cache = self._once(
                 self.subject, batch, wanted | ({doubts} if doubts else set()), readers
             )
-            if (
-                doubts is not None
-                and doubts in cache
-                and len(rows := np.flatnonzero((as_float64(cache[doubts]) != 0).any(axis=1)))
-            ):
-                again, _, seen = self._once(self.subject.exact(), rows_of(batch, rows), wanted, {})
-                out = out._replace(losses=_put(out.losses, rows, again.losses))
-                cache = {name: _put(cache[name], rows, seen[name]) for name in wanted if name in cache}
+            if doubts is not None:
+                out, cache = self._without_doubts(batch, out, cache, doubts, wanted)
         except HopeprobeError as error:
             return error
         read: dict[str, Readings | MeasurementError] = {}
@@ -329,6 +325,22 @@ class _Worker:
             except MeasurementError as error:
                 read[name] = error
         return _Ran(out, fired, read)
+
+    def _without_doubts(
+        self, batch: EvalBatch, out: WindowLosses, cache: Mapping[str, Tensor], doubts: str, wanted: set[str]
+    ) -> tuple[WindowLosses, Mapping[str, Tensor]]:
+        """The same, with windows in which a gate is in doubt run again in float64.
+
+        Raises MeasurementError where nothing said what is in doubt.
+        """
+        if doubts not in cache:
+            raise MeasurementError(_never_fired([doubts]))
+        rows = np.flatnonzero((as_float64(cache[doubts]) != 0).any(axis=1))
+        if not len(rows):
+            return out, cache
+        again, _, seen = self._once(self.subject.exact(), rows_of(batch, rows), wanted, {})
+        fresh = {name: _put(cache[name], rows, seen[name]) for name in wanted if name in cache}
+        return out._replace(losses=_put(out.losses, rows, again.losses)), fresh
 
     def _once(
         self, subject: Subject, batch: EvalBatch, wanted: set[str], readers: Mapping[str, _Reader]
@@ -350,6 +362,12 @@ class _Worker:
             out = _scored(subject, condition, self.prepared, batch)
         _check_fired(subject, condition, handle.fired, batch)
         return out, handle.fired, cache
+
+
+def _can_be_run_again(reader: _Reader, subject: Subject) -> bool:
+    """Whether all that is read has a place for each token: how often writes fire hangs on the rows beside."""
+    points = subject.module.hook_dict
+    return reader.reducing is None and all(points[name].spec.cadence == "tick" for name in reader.cached)
 
 
 def _put(into: Tensor, rows: IntArray, fresh: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from hopeprobe.conditions import FROZEN, LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
 from hopeprobe.model import gate as gate_module
+from hopeprobe.model.gate import Gate
 from hopeprobe.model.subject import HopeSubject
 from hopeprobe.probes import PROBES, Probe, gated, get_probe
 from hopeprobe.probes.base import Accumulator
@@ -227,4 +228,20 @@ def test_what_is_run_again_cannot_be_read_reduced(subject, windows):
     probe = get_probe("meta-fast")
     assert probe.reducers(subject)
     result = run_pass(subject, windows, [probe], condition, condition.prepare(subject, windows))
-    assert "reads points reduced" in result.failed["meta-fast"]
+    assert "reads writes, or points reduced" in result.failed["meta-fast"]
+    reads = Keeping("writes", ["blocks.0.cms.fast.hook_fast_in"])
+    result = run_pass(subject, windows, [reads], condition, condition.prepare(subject, windows))
+    assert "reads writes" in result.failed["writes"]
+
+
+def test_doubts_that_nobody_told_are_no_success(subject, windows, monkeypatch):
+    condition = gated.condition(gated.Cell("quantile", "all", 0.25))
+    prepared = condition.prepare(subject, windows)
+    monkeypatch.setattr(HopeSubject, "replica", lambda self: None)
+    monkeypatch.setattr(Gate, "decide", lambda self, *given: decide(self, *given)._replace(doubt=None))
+    result = run_pass(subject, windows, [Keeping("kept", [GATES])], condition, prepared)
+    assert "hook_gate_doubt" in result.failed["kept"]
+    assert "never fired" in result.failed["kept"]
+
+
+decide = Gate.decide
