@@ -2,6 +2,7 @@
 
 base            the interface: `Probe`, `Accumulator`, `Quantity`, `Measurement`
 readings        what a probe reads of one batch: hook points, whole or reduced
+one_batch       one batch of a pass, run for all probes
 passes          one pass over the data, under one condition, that feeds all probes
 measure         all conditions of one model, then what compares them
 integrity       are these the trained weights?
