@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -74,6 +74,8 @@ class Outcome(Generic[_T]):
 
 _job: _Job | None = None
 _speaks = True
+_meetings: list[tuple[Any, int, int]] = []
+"""What each time that the ranks met used: the job's store, this rank and how many there are."""
 
 
 def launched() -> bool:
@@ -110,15 +112,19 @@ def speaks() -> bool:
 def joined() -> Iterator[None]:
     """Join the job that this process was started in; as one process where it was started alone, or has joined already.
 
-    Processes talk by gloo, and between GPUs by NCCL. Raises BadInputError for a timeout that is none, LostRankError
-    where the others do not come.
+    All of its ranks may join a job again that they have left. Processes talk by gloo, and between GPUs by NCCL. Raises
+    BadInputError for a timeout that is none, LostRankError where the others do not come.
     """
-    global _job, _speaks  # noqa: PLW0603 - a process is in one job
+    global _job, _speaks  # noqa: PLW0603 - a process is in one job at a time
     if _job is not None or not launched():
         yield
         return
     import torch
     import torch.distributed as dist
+
+    # Its defaults are the group there is when it is first imported, by torch's compiler or checkpointing for one. Were
+    # that ours, its threads would outlive it, and one that frees a tensor while Python ends aborts a rank that is done.
+    import torch.distributed.nn.functional
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -129,13 +135,20 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(_number("LOCAL_RANK") % torch.cuda.device_count())
     limit = timedelta(seconds=seconds)
     with _talking("the ranks could not meet", seconds):
-        store, number, count = next(rendezvous("env://", timeout=limit))
+        _meetings.append(_meetings[-1] if _meetings else next(rendezvous("env://", timeout=limit)))
+        store, number, count = _meetings[-1]
+        # At the addresses that the store has from an earlier meeting nobody listens any more.
+        store = PrefixStore(f"hopeprobe-{len(_meetings)}", store)
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
-    _job = _Job(number, count, PrefixStore("hopeprobe", store), seconds)
+    _job = _Job(number, count, PrefixStore("job", store), seconds)
+    _speaks = True
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         _speaks = _claimed(_job)
+        if not isinstance(error, LostRankError):  # there is something left to leave
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
         raise
     else:
         dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """What ranks say to each other, by torchrun: each writes what it heard."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def build():
     return there
 
 
+def threads():
+    """Names of this process's threads, where the system tells them."""
+    return [name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm")]
+
+
 folder = Path(sys.argv[1])
 with ranks.joined():
     own = ranks.rank()
@@ -62,4 +68,13 @@ with ranks.joined():
         "summed": numbers.tolist(),
         "first": ranks.first(),
     }
-    (folder / f"heard-{own}.json").write_text(json.dumps(heard))
+    # As training does, by its optimizer: some of this looks at the job that there is.
+    import torch._dynamo
+
+    heard["threads in"] = threads()
+heard["threads out"] = threads()
+with contextlib.suppress(BadInputError), ranks.joined():
+    heard["gathered again"] = ranks.gathered(own)
+    refuse()
+heard["threads after an error"] = threads()
+(folder / f"heard-{own}.json").write_text(json.dumps(heard))

@@ -130,6 +130,11 @@ def test_what_ranks_hear(torchrun, tmp_path):
         assert one["agreed"].startswith("BadInputError: rank 2 has another number than rank 0: 1, not 0.")
         assert one["summed"] == pytest.approx([0.6, 3e-9, 3.0], rel=1e-6)
         assert one["summed"] == heard[0]["summed"]
+        assert one["gathered again"] == [0, 1, 2]
+        if one["threads in"]:  # where the system tells
+            own, *others = one["threads in"]
+            assert any("gloo" in name for name in others), others
+            assert one["threads out"] == one["threads after an error"] == [own]
 
 
 def same(one, other, path):
