@@ -71,5 +71,10 @@ def blank(width: float, height: float, scale: float = 0.85, *, arranged: bool = 
     """
     light = {"grid.color": "0.9", "axes.edgecolor": "0.75"}
     thin = {"grid.linewidth": 0.8, "axes.linewidth": 0.8}
-    with sns.axes_style("whitegrid", light), sns.plotting_context("notebook", font_scale=scale, rc=thin):
+    with (
+        sns.axes_style("whitegrid", light),
+        sns.plotting_context("notebook", font_scale=scale, rc=thin),
+        # Axes say their values themselves, and not what is to be added to a corner's "1e-5+9.999e-1".
+        mpl.rc_context({"axes.formatter.useoffset": False}),
+    ):
         yield Canvas(figsize=(width, height), layout="constrained" if arranged else None)
