@@ -69,8 +69,10 @@ def _run(arguments: list[str], debug: bool) -> int:
 
     # typer brings a click of its own in some versions; its exceptions are found from what typer exports.
     usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    several = False
     try:
-        if ranks.launched():
+        several = ranks.launched()
+        if several:
             from hopeprobe.cli.several import as_rank
 
             result = as_rank(arguments, command)
@@ -81,7 +83,7 @@ def _run(arguments: list[str], debug: bool) -> int:
             raise
         if ranks.speaks():
             print(f"hopeprobe: {message(str(error))}", file=sys.stderr)
-        if ranks.launched():
+        if several:
             from hopeprobe.cli.several import wait_for_the_cause
 
             wait_for_the_cause(error)

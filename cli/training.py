@@ -124,7 +124,8 @@ def run_training(
 def _precision(asked: str | None, where: torch.device, resumed: Path | None) -> str:
     """As asked; else as the run has it that goes on, else what suits the device."""
     if asked is None and resumed is not None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # said where it is resumed
+        # What is wrong with it is said where it is resumed.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             record = json.loads((resumed / RECORD).read_text(encoding="utf-8"))
             return str(record["train"].get("precision", TrainConfig.precision))
     return default_precision(where) if asked is None else asked

@@ -33,12 +33,13 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 #: No size is larger, and products of several sizes are still numbers that torch can hold.
 _MOST = 1 << 48
 #: No seed is larger: what torch's generators and integers hold.
-_MOST_SEED = (1 << 63) - 1
+MOST_SEED = (1 << 63) - 1
 #: Scores that a gate remembers of each sequence: they are kept in memory.
 _MOST_HISTORY = 1 << 16
 
 
-def _check_whole(most: int = _MOST, /, **values: object) -> None:
+def check_whole(most: int = _MOST, /, **values: object) -> None:
+    """Raise `BadInputError` for what is no whole number, or a larger one than `most`."""
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool):
             raise BadInputError(f"{name} is {value!r}, must be a whole number")
@@ -46,6 +47,14 @@ def _check_whole(most: int = _MOST, /, **values: object) -> None:
             raise BadInputError(
                 f"{name} is a whole number of {value.bit_length()} bits, must be at most {most}"
             )
+
+
+def check_finite(config: object) -> None:
+    """Raise `BadInputError` for a number of a dataclass that is not finite: no document could hold it."""
+    for each in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, each.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInputError(f"{each.name} is {value!r}, must be finite")
 
 
 def _check_positive(**values: float) -> None:
@@ -68,7 +77,7 @@ class CMSLevel:
     max_change: float | None = None  # share of the meta weights' norm, > 0
 
     def __post_init__(self) -> None:
-        _check_whole(period=self.period)
+        check_whole(period=self.period)
         _check_positive(period=self.period)
         if not self.name.isidentifier():
             raise BadInputError(
@@ -82,6 +91,7 @@ class CMSLevel:
             raise BadInputError(
                 f"max_change of CMS level {self.name!r} is {self.max_change!r}, must be above zero and finite, or None"
             )
+        check_finite(self)
 
 
 #: Rules of a gate, each with what it decides by; `model/scores.py` defines them.
@@ -128,8 +138,8 @@ class GateConfig:
             )
         _check_choice("gate rule", self.rule, tuple(GATE_RULES))
         _check_choice("gate writes", self.writes, ("all", "selfmod", "cms", "titans"))
-        _check_whole(history=self.history)
-        _check_whole(_MOST_SEED, seed=self.seed)
+        check_whole(history=self.history)
+        check_whole(MOST_SEED, seed=self.seed)
         _check_positive(history=self.history, temperature=self.temperature)
         if self.history > _MOST_HISTORY:
             raise BadInputError(f"the gate's history is {self.history!r}, must be at most {_MOST_HISTORY}")
@@ -142,6 +152,7 @@ class GateConfig:
         self._check_criterion()
         if self.straight_through and self.rule in ("assoc", "random"):
             raise BadInputError(f"a straight-through gradient needs a rule on the loss, not {self.rule!r}")
+        check_finite(self)
 
     def _check_criterion(self) -> None:
         if self.rule == "absolute":
@@ -225,7 +236,7 @@ class ModelConfig:
         object.__setattr__(
             self, "gate", gate if isinstance(gate, GateConfig) else from_dict(GateConfig, gate)
         )
-        _check_whole(
+        check_whole(
             vocab_size=self.vocab_size, dim=self.dim, layers=self.layers, context=self.context, chunk=self.chunk,
             chunk_memory=self.chunk_memory, conv_width=self.conv_width, truncate_ticks=self.truncate_ticks,
             cms_multiplier=self.cms_multiplier, heads=self.heads, mlp_multiplier=self.mlp_multiplier,
@@ -256,7 +267,7 @@ class ModelConfig:
             raise BadInputError(
                 f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
             )
-
+        check_finite(self)
         self._check_gate()
 
     def _check_gate(self) -> None:

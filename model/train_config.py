@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hopeprobe.errors import BadInputError
+from hopeprobe.model.config import MOST_SEED, check_finite, check_whole
 from hopeprobe.model.precision import activation_dtype
 
 EARLY_STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
@@ -45,6 +46,17 @@ class TrainConfig:
         for name in ("warmup", "seed", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise BadInputError(f"{name} is {getattr(self, name)!r}, must not be negative")
+        check_whole(
+            steps=self.steps, batch=self.batch, warmup=self.warmup, checkpoint_every=self.checkpoint_every,
+            eval_every=self.eval_every, eval_tokens=self.eval_tokens,
+        )  # fmt: skip
+        check_whole(MOST_SEED, seed=self.seed)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInputError(f"{name} is {getattr(self, name)!r}, must be at least 0 and below 1")
+        if not self.epsilon > 0:
+            raise BadInputError(f"epsilon is {self.epsilon!r}, must be above zero")
+        check_finite(self)
         activation_dtype(self.precision)
 
     def rate(self, step: int) -> float:

@@ -127,6 +127,42 @@ def test_figures_and_tables_of_an_analysis(refused):
     assert "cannot write folder: it is a folder" in refused(*given, "--format", "csv", "--output", "folder")
 
 
+@pytest.mark.parametrize("command", ["analyze", "baseline", "train"])
+@pytest.mark.parametrize("threshold", ["nan", "inf", "-inf"])
+def test_a_threshold(refused, command, threshold):
+    given = ("--gate", "absolute", "--gate-threshold", threshold)
+    assert f"surprise_threshold is {threshold}, must be finite" in refused(*commands()[command], *given)
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64])
+def test_a_seed(refused, seed):
+    assert "seed is a whole number of 6" in refused(*commands()["train"], "--seed", seed)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"])
+def test_what_says_that_there_are_several_processes(refused, monkeypatch, name):
+    several = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for each, value in (several | {name: "x"}).items():
+        monkeypatch.setenv(each, value)
+    assert f"{name} is 'x' in the environment, must be a number" in refused("probes")
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"train": []}', '{"train": 5}', "{"])
+def test_the_record_of_a_run_to_resume(refused, kept, record):
+    """It is looked at for the precision; that there is no run is what is wrong."""
+    folder = kept / "no-run"
+    folder.mkdir(exist_ok=True)
+    (folder / "run.json").write_text(record)
+    given = ("train", "--preset", "nano", "--steps", 1, "--data", "empty.txt", "--resume", "--out", "no-run")
+    assert "empty.txt is empty" in refused(*given)
+
+
 def test_what_is_read_beside_checkpoints(refused, text):
     """The text, the baseline, and that of which the baseline says where it is."""
     few = ("--data", "TEXT", *FEW)

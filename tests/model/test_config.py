@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -95,6 +96,10 @@ def test_plain_data_that_does_not_fit(data, message):
         ({"chunk": -8}, "chunk is -8"),
         ({"embed_std": 0.0}, "embed_std"),
         ({"eta_max": float("nan")}, "eta_max is nan"),
+        ({"eta_max": math.inf}, "eta_max is inf, must be finite"),
+        ({"surprise_threshold": math.nan}, "surprise_threshold is nan, must be finite"),
+        ({"surprise_threshold": -math.inf}, "surprise_threshold is -inf, must be finite"),
+        ({"alpha_bias": math.nan}, "alpha_bias is nan, must be finite"),
         ({"truncate_ticks": -1}, "truncate_ticks is -1"),
         ({"cms_levels": ()}, "at least one CMS level"),
         ({"cms_levels": (CMSLevel("a", 8), CMSLevel("a", 16))}, "repeat: a, a"),
@@ -114,6 +119,7 @@ def test_values_that_cannot_work(values, message):
         (("fa.st", 8), "must be a word"),
         (("fast", 8, -0.1), "learning_rate of CMS level 'fast' is -0.1"),
         (("fast", 8, float("nan")), "nan"),
+        (("fast", 8, float("inf")), "learning_rate is inf, must be finite"),
         (("fast", 8, 0.1, 0.0), "max_change of CMS level 'fast' is 0.0, must be above zero"),
         (("fast", 8, 0.1, float("inf")), "max_change of CMS level 'fast' is inf"),
     ],
