@@ -60,7 +60,8 @@ class RankStep:
         run, parameters = self.run, list(self.run.model.parameters())
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        own = run.model.check_tokens(tokens[rows(len(tokens))]).to(run.model.embed.device)
+        share = rows(len(tokens))
+        own = run.model.check_tokens(tokens[share]).to(run.model.embed.device)
         seen = gradients(run.model, own, self.watch)
         for parameter in parameters:
             if parameter.grad is not None:
@@ -73,7 +74,10 @@ class RankStep:
         if not (math.isfinite(look.loss) and math.isfinite(look.norm)):
             # Those that have it in their own windows know best where it began.
             began = ranks.gathered(
-                (not _finite(here), ranks.tried(lambda: check_finite(run, look, own)).error)
+                (
+                    not _finite(here),
+                    ranks.tried(lambda: check_finite(run, look, own, share.start, len(tokens))).error,
+                )
             )
             raise next(
                 (error for own_windows, error in began if own_windows and error), began[0][1] or _unsaid(run)

@@ -151,10 +151,13 @@ class DeviceStep:
         return look
 
 
-def check_finite(run: Run, look: Look, tokens: Tensor) -> None:
-    """Raise DivergedError, which says where that began, for a step whose loss or gradient is not finite."""
+def check_finite(run: Run, look: Look, tokens: Tensor, first: int = 0, of: int | None = None) -> None:
+    """Raise DivergedError, which says where that began, for a step whose loss or gradient is not finite.
+
+    `tokens`, `first` and `of` as `first_not_finite` takes them.
+    """
     if not math.isfinite(look.loss):
-        where = first_not_finite(run.model, tokens) or "in no hook point: the weights of the head"
+        where = first_not_finite(run.model, tokens, first, of) or "in no hook point: the weights of the head"
         raise diverged(
             run, run.step + 1, f"the loss is {look.loss}; the first value that is not finite: {where}"
         )
@@ -162,7 +165,9 @@ def check_finite(run: Run, look: Look, tokens: Tensor) -> None:
         bad = [
             n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
-        hidden = first_not_finite(run.model, tokens)  # one that the loss does not see yet, as a rule
+        hidden = first_not_finite(
+            run.model, tokens, first, of
+        )  # one that the loss does not see yet, as a rule
         began = f"; the first value that is not finite: {hidden}" if hidden else ""
         raise diverged(
             run,

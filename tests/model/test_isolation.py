@@ -230,7 +230,10 @@ def test_training_says_which_sequence_and_token(monkeypatch):
         assert first_not_finite(model, tokens) == (
             "sequence 2 of the batch, token 11, layer 1, memory v (blocks.1.selfmod.hook_v)"
         )
+    with model.hooks([("blocks.1.selfmod.hook_v", spoilt(math.nan))]):
+        assert first_not_finite(model, tokens, 3, 9).startswith("sequence 5 of the batch, token 11")
     assert first_not_finite(model, tokens) is None
     with torch.no_grad():
         model.blocks[0].norm.weight.fill_(math.nan)
     assert first_not_finite(model, tokens).endswith("; 4 of the 4 sequences are not finite")
+    assert first_not_finite(model, tokens[1:3], 1, 4).endswith("; 2 of sequences 1 to 2 are not finite")

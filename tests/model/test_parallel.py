@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hopeprobe import ranks
-from hopeprobe.errors import BadInputError
+from hopeprobe.errors import BadInputError, DivergedError
 from hopeprobe.model import parallel
 from hopeprobe.model.checkpoint import read, step_path
+from hopeprobe.model.run import fresh
 from hopeprobe.model.update import Look
 
 PROGRAM = Path(__file__).with_name("ranks_train.py")
@@ -85,6 +86,24 @@ def test_gradients_go_in_pieces_of_one_dtype(monkeypatch):
     monkeypatch.setattr(parallel, "_BUCKET", 4)
     parallel.sum_gradients(parameters)
     assert sent == [(torch.float32, 4), (torch.float32, 4), (torch.float64, 4)]
+
+
+def test_a_rank_says_which_sequence_of_the_whole_batch_is_not_finite(monkeypatch, tmp_path):
+    """Rank 1 of two has the last two windows of five, and the second of them is not finite."""
+    run = fresh(ranks_train.MODEL, ranks_train.CONFIG, ranks_train.data(), tmp_path, torch.device("cpu"))
+    tokens = torch.randint(0, 52, (5, 17), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(ranks, "size", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    monkeypatch.setattr(ranks, "summed", lambda flat: None)
+
+    def spoil(tensor, hook):
+        return tensor.clone().index_fill_(0, torch.tensor([1]), math.nan)
+
+    with (
+        run.model.hooks([("hook_embed", spoil)]),
+        pytest.raises(DivergedError, match="sequence 4 of the batch, token 0"),
+    ):
+        parallel.RankStep(run)(tokens, 1e-3)
 
 
 @pytest.fixture(scope="module")
