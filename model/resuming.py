@@ -29,10 +29,12 @@ def restore(checkpoint: Checkpoint, optimizer: torch.optim.Optimizer) -> None:
     ours = [_told({**group, "lr": 0.0}) for group in fresh["param_groups"]]
     if [_told(group) for group in groups] != ours:
         raise _unfit("its groups of parameters, or what they are set to, are others")
+    if checkpoint.step and not state:  # parameters without a gradient have no moments, but never all of them
+        raise _unfit("it holds no moments")
     for index, moments in state.items():
         if not isinstance(index, int) or not 0 <= index < len(parameters):
             raise _unfit(f"there is no parameter {index!r:.40}")
-        _check_moments(moments, parameters[index])
+        _check_moments(moments, parameters[index], checkpoint.step)
     try:
         optimizers.restore(optimizer, given)
         if checkpoint.generators:
@@ -56,7 +58,7 @@ def _told(group: Any) -> object:
         return None
 
 
-def _check_moments(moments: Any, parameter: Tensor) -> None:
+def _check_moments(moments: Any, parameter: Tensor, steps: int) -> None:
     if not isinstance(moments, Mapping) or set(moments) != {"step", *_MOMENTS}:
         raise _unfit("it does not hold the steps and moments of AdamW")
     step = moments["step"]
@@ -64,6 +66,8 @@ def _check_moments(moments: Any, parameter: Tensor) -> None:
         raise _unfit("a number of steps is none")
     if not bool(step.isfinite().all() and step >= 0):
         raise _unfit("a number of steps is none")
+    if step > steps:
+        raise _unfit(f"a parameter had {float(step):g} updates, in a run of {steps} steps")
     for name in _MOMENTS:
         moment = moments[name]
         if not isinstance(moment, Tensor) or moment.shape != parameter.shape:
@@ -72,3 +76,5 @@ def _check_moments(moments: Any, parameter: Tensor) -> None:
             raise _unfit(f"{name} is not in {parameter.dtype}, as its parameter is")
         if not bool(moment.isfinite().all()):
             raise _unfit(f"{name} is not finite")
+    if not bool((moments["exp_avg_sq"] >= 0).all()):
+        raise _unfit("exp_avg_sq, a mean of squares, is below zero")

@@ -111,6 +111,25 @@ def test_moments_that_are_none(whole, name, value, why):
         restore(dataclasses.replace(whole, optimizer=changed), fresh())
 
 
+def test_moments_that_are_not_there(whole):
+    with pytest.raises(BadInputError, match="it holds no moments"):
+        restore(dataclasses.replace(whole, optimizer={**whole.optimizer, "state": {}}), fresh())
+
+
+def test_moments_of_more_updates_than_the_run_has_steps(whole):
+    changed = copy.deepcopy(whole.optimizer)
+    changed["state"][0]["step"] += 1
+    with pytest.raises(BadInputError, match="had 2 updates, in a run of 1 steps"):
+        restore(dataclasses.replace(whole, optimizer=changed), fresh())
+
+
+def test_a_mean_of_squares_below_zero(whole):
+    changed = copy.deepcopy(whole.optimizer)
+    changed["state"][0]["exp_avg_sq"].view(-1)[-1] = -1e-12
+    with pytest.raises(BadInputError, match="exp_avg_sq, a mean of squares, is below zero"):
+        restore(dataclasses.replace(whole, optimizer=changed), fresh())
+
+
 @pytest.mark.parametrize("generator", [torch.zeros(3), torch.zeros(4, dtype=torch.uint8), "x"])
 def test_a_generator_that_is_none(whole, generator):
     with pytest.raises(BadInputError, match="not that of its model"):
