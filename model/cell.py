@@ -37,6 +37,11 @@ from hopeprobe.model.train import Run, TrainConfig, train
 from hopeprobe.tokens import EvalWindows, TokenData, TrainWindows, load_tokens
 
 RECORD = "cell.json"
+#: What every record has, and others read.
+_FIELDS = (
+    *("name", "variant", "threshold", "seed", "status", "same_as", "why", "identity", "shared", "evaluation"),
+    *("machine", "threads", "versions", "train_s", "curve", "epochs"),
+)
 #: Points of a cell's training curve, at most.
 _POINTS = 100
 #: Windows at once when the held-out loss is measured: sums in another order would differ in the last digit.
@@ -145,15 +150,25 @@ def same_computation(done: dict[str, Any], config: ModelConfig) -> str | None:
     )
 
 
+def record_in(path: Path) -> dict[str, Any]:
+    """The record of a cell as its file has it. Raises OSError, or ValueError or TypeError for a file that is none."""
+    content = parse_json(read_document(path))
+    if not isinstance(content, dict):
+        raise TypeError("no JSON object")
+    if missing := [name for name in _FIELDS if name not in content]:
+        raise ValueError(f"it has no {', '.join(missing[:3])}")
+    return content
+
+
 def read_record(spec: CellSpec, data: TokenData) -> dict[str, Any] | None:
     """The record of a cell that is done as `spec` asks, else None; BadInputError for a file that cannot be read."""
     path = spec.folder / RECORD
     try:
-        content: dict[str, Any] = parse_json(read_document(path))
+        content = record_in(path)
         return content if content["identity"] == spec.identity(data) else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise BadInputError(
             f"{path} is not the record of a cell ({error}): delete it, and the cell goes on from its checkpoints"
         ) from None

@@ -21,9 +21,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hopeprobe.documents import parse_json, read_document
 from hopeprobe.errors import BadInputError
-from hopeprobe.model.cell import RECORD, CellSpec, computation, read_record, same_computation, write_record
+from hopeprobe.model.cell import (
+    RECORD,
+    CellSpec,
+    computation,
+    read_record,
+    record_in,
+    same_computation,
+    write_record,
+)
 from hopeprobe.model.config import ModelConfig, preset, published
 from hopeprobe.model.train import TrainConfig
 from hopeprobe.model.truncation import fitting
@@ -134,7 +141,7 @@ def known_cells(folder: Path, like: Mapping[str, Any]) -> list[dict[str, Any]]:
     order = list(VARIANTS)
     for path in sorted(folder.glob(f"*/seed-*/{RECORD}")):
         try:
-            record = parse_json(read_document(path))
+            record = record_in(path)
             key = (record["seed"], order.index(record["variant"]), record["threshold"] or 0.0)
             _check_shared(path, record["shared"], like)
             if record["shared"] == like:

@@ -167,6 +167,17 @@ def test_a_damaged_record_is_named(tmp_path):
         read_record(asked, DATA)
 
 
+def test_a_record_that_lacks_a_field_is_named(full, tmp_path):
+    asked, record = full
+    for name in ("status", "epochs"):
+        lacking = dataclasses.replace(asked, folder=tmp_path)
+        (tmp_path / RECORD).write_text(json.dumps({k: v for k, v in record.items() if k != name}))
+        with pytest.raises(
+            BadInputError, match=rf"cell\.json is not the record of a cell \(it has no {name}\)"
+        ):
+            read_record(lacking, DATA)
+
+
 def test_a_spec_travels_as_a_line():
     asked = spec(Path("x"), "titans", threshold=0.5)
     assert "\n" not in asked.to_json()
