@@ -121,9 +121,12 @@ class Baseline:
         """Difference of `values` to a number of this baseline, as one of all that a check looks at."""
         return one.drift(values, len(self.tracked), heavy=bool(self.apart))
 
-    def found(self, one: Tracked, n: int = 1) -> float:
-        """The smallest change of a number that a check of `n` checkpoints finds 95 times in a hundred."""
-        return one.tolerance + self.drift(one, one.values[:1] * n).resolution
+    def found(self, one: Tracked) -> float:
+        """The smallest change of a number that a check of one checkpoint finds 95 times in a hundred.
+
+        Of several it is the tolerance and the resolution of their own `drift`, whose spread is theirs too.
+        """
+        return one.tolerance + self.drift(one, one.values[:1]).resolution
 
     @property
     def unresolved(self) -> tuple[Tracked, ...]:
@@ -318,6 +321,7 @@ def _check_kinds(baseline: Baseline) -> None:
             _check_kind(f"the gate's {name}", value, text if name in ("rule", "writes") else number)
     for one in baseline.checkpoints:
         _check_kind("the identity of a checkpoint", one.get("identity"), (str, type(None)))
+        _check_kind("the seed of a checkpoint", one.get("seed"), (int, type(None)))
     for address in (*(one.address for one in baseline.tracked), *baseline.unmeasured):
         for name, value in address._asdict().items():
             _check_kind(f"the {name} of a number", value, (int, type(None)) if name == "layer" else text)

@@ -57,8 +57,8 @@ class Outcome(str, Enum):
 class Compared:
     """One number of a baseline beside what it is now.
 
-    values: one a checkpoint, NaN where there is none; drift: None where it is lost; found: the smallest change that is
-    found 95 times in a hundred; why: in words.
+    values: one a checkpoint, NaN where there is none; drift: None where it cannot be told; found: the smallest change
+    that is found 95 times in a hundred, of a number that is lost by a check of one checkpoint; why: in words.
     """
 
     tracked: Tracked
@@ -247,12 +247,11 @@ def compare(baseline: Baseline, results: Results) -> Check:
     now = by_address(results)
     described = results.checkpoints
     kept = baseline.data.get("windows")
-    apart = [one for one in described if one.get("windows", kept) != kept]
-    if apart:  # some were left out, as `missing` says; numbers of the others are of another text
-        now = {}
+    # Some were left out, as `missing` says: numbers of the others are of another text.
+    partly = any(one.get("windows", kept) != kept for one in described)
     known = {one.address for one in baseline.tracked} | set(baseline.unmeasured)
     compared = tuple(
-        _compared(baseline, one, now.get(one.address, []), len(described)) for one in baseline.tracked
+        _compared(baseline, one, now.get(one.address, []), len(described), partly) for one in baseline.tracked
     )
     moved = any(one.outcome is Outcome.MOVED for one in compared)
     return Check(
@@ -265,19 +264,27 @@ def compare(baseline: Baseline, results: Results) -> Check:
     )
 
 
-def _compared(baseline: Baseline, one: Tracked, rows: Sequence[ResultRow], n: int) -> Compared:
-    """Set rows of `n` checkpoints against a number; one that some of them do not have is lost."""
-    values, found = tuple(row.value for row in rows), baseline.found(one, n)
+def _compared(baseline: Baseline, one: Tracked, rows: Sequence[ResultRow], n: int, partly: bool) -> Compared:
+    """Set rows of `n` checkpoints against a number; one that some of them do not have is lost.
+
+    partly: windows were left out: a verdict that fell is told, and what else there is cannot be compared.
+    """
+    values, found = tuple(row.value for row in rows), baseline.found(one)
     if len(rows) < n or any(map(math.isnan, values)):
         notes = "; ".join(dict.fromkeys(row.note for row in rows if math.isnan(row.value) and row.note))
         verdicts = ", ".join(dict.fromkeys(str(row.verdict) for row in rows if math.isnan(row.value)))
         why = ": ".join(filter(None, (verdicts, notes))) or "no such row"
         return Compared(one, values, None, found, Outcome.LOST, why)
-    drift = baseline.drift(one, values)
+    drift = None if partly else baseline.drift(one, values)
+    found = found if drift is None else one.tolerance + drift.resolution
     fallen = [str(row.verdict) for row in rows if row.verdict in DEAD and row.verdict not in one.verdicts]
     if fallen:
         was = ", ".join(dict.fromkeys(map(str, one.verdicts)))
         return Compared(one, values, drift, found, Outcome.MOVED, f"{fallen[0]}, in the baseline {was}")
+    if drift is None:
+        return Compared(
+            one, values, None, found, Outcome.LOST, "measured without some of the baseline's windows"
+        )
     if drift.beyond(one.tolerance):
         return Compared(one, values, drift, found, Outcome.MOVED, "beyond the tolerance")
     return Compared(one, values, drift, found, Outcome.SAME, "")

@@ -9,7 +9,8 @@ Between seeds, x_1..x_n the baseline's values and y_1..y_m those of other seeds,
 
 A number has moved when its interval lies wholly outside plus or minus the tolerance. For m = 1 a change of tolerance
 + resolution, as it was stated with the baseline's own s, is then found with probability 0.95 at least, whatever the
-spread: the distance that is left to the line, over s, has Student's t distribution. That is a mean over baselines. One
+spread: the distance that is left to the line, over s, has Student's t distribution. For m > 1 that is so of s as the
+check has it, pooled over both, and so of no size that the baseline could state. That is a mean over baselines. One
 whose few seeds happened to lie close states a small resolution, and raises more false alarms than others.
 
 The far tails that this takes are the normal's. Whether they are right shows in the baseline itself: each seed is set
