@@ -79,8 +79,15 @@ _meetings: list[tuple[Any, int, int]] = []
 
 
 def launched() -> bool:
-    """Whether this process was started as one of several (by `torchrun`, or by Slurm with the same variables)."""
-    return all(name in os.environ for name in _LAUNCHED) and _number("WORLD_SIZE") > 1
+    """Whether this process was started as one of several (by `torchrun`, or by Slurm with the same variables).
+
+    Raises BadInputError for a number among the variables that is none.
+    """
+    if not all(name in os.environ for name in _LAUNCHED) or _number("WORLD_SIZE") < 2:
+        return False
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT"):  # which torch takes for numbers
+        _number(name)
+    return True
 
 
 def rank() -> int:

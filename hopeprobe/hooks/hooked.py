@@ -38,6 +38,16 @@ class HookNeverFiredError(MeasurementError):
             "hooks never fired, so nothing was measured there (allow_unfired=True accepts that):\n" + reasons
         )
 
+    def __reduce__(self) -> tuple[Callable[..., HookNeverFiredError], tuple[str, tuple[str, ...]]]:
+        # As one rank tells it to the others, who do not have its hooks.
+        return _told, (str(self), self.names)
+
+
+def _told(text: str, names: tuple[str, ...]) -> HookNeverFiredError:
+    error = HookNeverFiredError(())
+    error.args, error.names = (text,), names
+    return error
+
 
 def _why_unfired(hook: InstalledHook) -> str:
     if hook.attached:

@@ -10,7 +10,9 @@ import pytest
 import ranks_analyze
 
 from hopeprobe import ranks
-from hopeprobe.errors import BadInputError, LostRankError, MeasurementError
+from hopeprobe.errors import BadInputError, HopeprobeError, LostRankError, MeasurementError
+from hopeprobe.hooks import HookNeverFiredError, HookPoint, HookSpec
+from hopeprobe.hooks.points import InstalledHook
 from hopeprobe.probes import PROBES
 from hopeprobe.probes.passes import Pass, _drop_first, _Seen
 from hopeprobe.results import Results
@@ -52,7 +54,14 @@ def test_one_of_one_is_alone(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WORLD_SIZE", "two"), (ranks.TIMEOUT_VARIABLE, "0"), (ranks.TIMEOUT_VARIABLE, "soon")],
+    [
+        ("WORLD_SIZE", "two"),
+        ("RANK", "x"),
+        ("LOCAL_RANK", "x"),
+        ("MASTER_PORT", "x"),
+        (ranks.TIMEOUT_VARIABLE, "0"),
+        (ranks.TIMEOUT_VARIABLE, "soon"),
+    ],
 )
 def test_what_the_environment_says_is_checked(monkeypatch, name, value):
     for each, given in (STARTED | {name: value}).items():
@@ -89,6 +98,20 @@ def reasons(*seen):
     result = Pass(dict.fromkeys("abc"))
     _drop_first(result, seen)
     return result
+
+
+def test_every_error_for_people_can_be_told_to_other_ranks():
+    kinds, waiting = [], [HopeprobeError]
+    while waiting:
+        kinds.append(waiting.pop())
+        waiting += [kind for kind in kinds[-1].__subclasses__() if kind.__module__.startswith("hopeprobe.")]
+    assert {MissingCapability, HookNeverFiredError} < set(kinds)
+    point = HookPoint("blocks.0.hook_x", HookSpec(("pos",), "tick", True, "x"))
+    for kind in kinds:
+        hooks = [InstalledHook(point, lambda tensor, hook: None, "fwd")]
+        error = kind(hooks) if kind is HookNeverFiredError else kind("what is wrong")
+        told = pickle.loads(pickle.dumps(error))
+        assert (type(told), str(told), vars(told)) == (kind, str(error), vars(error))
 
 
 def test_the_reason_is_the_one_that_one_process_meets_first():
