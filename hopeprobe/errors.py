@@ -23,6 +23,10 @@ class BadInputError(HopeprobeError):
     exit_code = 2
 
 
+class DamagedFileError(BadInputError):
+    """A file was cut off or changed since it was written, and is of no use to anybody (exit 2)."""
+
+
 class MeasurementError(HopeprobeError):
     """A measurement could not be made although the input was understood (exit 3)."""
 

@@ -8,25 +8,30 @@ Python and without executing or allocating anything that it asks for, and what w
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from hopeprobe.errors import BadInputError
+from hopeprobe.errors import BadInputError, DamagedFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
 _MOST_VALUES = 2_000_000  # of plain data, counted where they are used: a list shared twice counts twice
 _MOST_DEPTH = 50
 _MOST_BITS = 256  # of a whole number: none that is written is larger, and text of one could be 600 digits
 _MOST_PICKLE = 1 << 28  # bytes of a pickle, which holds no weights
+_MOST_USES = (
+    16  # values in keys and arguments for each byte of a pickle: without sharing, each has a byte of its own
+)
 _SMALL = 1 << 16  # bytes that a tensor may seem to have more than its file: an expanded constant
 _WIDTHS = {
     "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "UntypedStorage": 1, "QUInt8Storage": 1, "QInt8Storage": 1,
@@ -55,7 +60,9 @@ class _NamesCodeError(Exception):
 
 
 def read_torch(path: Path, mapped: bool = False) -> object:
-    """What a file of `torch.save` holds, of either format. Raises `BadInputError` that names the file.
+    """What a file of `torch.save` holds, of either format.
+
+    Raises `BadInputError` that names the file; it is a `DamagedFileError` where nobody can read it.
 
     mapped: leave tensors on the disk until they are used, where the format allows it.
     """
@@ -68,7 +75,7 @@ def read_torch(path: Path, mapped: bool = False) -> object:
     except OSError as error:
         raise BadInputError(f"cannot read {path}: {error.strerror or error}") from None
     if size == 0:
-        raise BadInputError(
+        raise DamagedFileError(
             f"{path} is empty (0 bytes): the run that wrote it was cut off, take an earlier checkpoint"
         )
     try:
@@ -90,21 +97,29 @@ def read_torch(path: Path, mapped: bool = False) -> object:
             "executed. hopeprobe reads plain tensors and data only: save a state dict"
         ) from None
     except BadInputError as error:
-        raise BadInputError(
+        raise DamagedFileError(
             f"{path} is damaged: {error}; take another checkpoint of the run, or ask whoever wrote it"
         ) from None
-    except MemoryError:
-        raise BadInputError(f"{path} does not fit into memory ({size} bytes)") from None
-    except Exception:  # noqa: BLE001, S110 - zipfile, pickle, torch: twenty kinds for a damaged or foreign file
-        pass  # said below, by how the file begins
+    except Exception as error:  # noqa: BLE001 - zipfile, pickle, torch: twenty kinds for a damaged or foreign file
+        if _is_out_of_memory(error):
+            raise BadInputError(f"{path} does not fit into memory ({size} bytes)") from None
+        # anything else is said below, by how the file begins
     if b"PK\x03\x04".startswith(magic):
-        raise BadInputError(
+        raise DamagedFileError(
             f"{path} is damaged: it begins like a checkpoint but cannot be read to its end ({size} bytes). "
             "It was cut off or changed; take another checkpoint of the run"
         )
-    raise BadInputError(
+    raise DamagedFileError(
         f"{path} is not a checkpoint: neither a torch file nor anything else that is known here"
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory. Torch raises no `MemoryError` then, and says so in its text only."""
+    if isinstance(error, RuntimeError):
+        said = str(error)
+        return "allocate memory" in said or "not enough memory" in said  # the latter on Windows
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def _check_archive(path: Path) -> None:
@@ -135,7 +150,9 @@ def _check_archive(path: Path) -> None:
     for key, nbytes in declared.items():
         found = there.get(f"{folder}/data/{key}")
         if found is None or nbytes > found:
-            raise BadInputError(f"it says that storage {key} has {nbytes} bytes, and there are {found or 0}")
+            raise BadInputError(
+                f"it says that storage {key:.40} has {nbytes} bytes, and there are {found or 0}"
+            )
 
 
 def _check_sums(archive: zipfile.ZipFile) -> None:
@@ -179,14 +196,16 @@ def _is_legacy(path: Path) -> bool:
         _Scan.of(file)
         declared = _Scan.of(file).declared
         keys = _Scan.of(file).found
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(declared):
+        if not isinstance(keys, list) or any(type(key) is not str for key in keys):
+            raise BadInputError("the storages that it lists have no names")
+        if sorted(keys) != sorted(declared):
             raise BadInputError("the storages that it lists are not those that it uses")
         for key in keys:
             mapped.seek(8, io.SEEK_CUR)  # how many numbers, which torch compares itself
             rest = len(mapped) - mapped.tell()
             if declared[key] > rest:
                 raise BadInputError(
-                    f"it says that storage {key} has {declared[key]} bytes, and there are {rest}"
+                    f"it says that storage {key:.40} has {declared[key]} bytes, and there are {rest}"
                 )
             mapped.seek(declared[key], io.SEEK_CUR)
     return True
@@ -197,6 +216,10 @@ class _Bounded:
 
     def __init__(self, mapped: mmap.mmap) -> None:
         self.mapped = mapped
+
+    def tell(self) -> int:
+        """How many bytes were read."""
+        return self.mapped.tell()
 
     def read(self, length: int) -> bytes:
         """At most as many bytes."""
@@ -210,25 +233,70 @@ class _Bounded:
 
 
 class _Inert:
-    """What stands for everything that a pickle names: it can be called and built, and does nothing."""
+    """What stands for everything that a pickle names: it can be called and built, and only keeps what it was given."""
 
     name = ""
+    parts: list[object]
+
+    def __new__(cls, *given: object, **_: object) -> Self:
+        """Not `__init__`, which a pickle may leave out."""
+        made = super().__new__(cls)
+        made.parts = [*given]
+        return made
 
     def __init__(self, *_: object, **__: object) -> None: ...
-    def __setstate__(self, state: object) -> None: ...
-    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None:
+        self.parts.append(state)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.parts += key, value
+
     def append(self, value: object) -> None: ...
     def extend(self, values: object) -> None: ...
+
+
+_COUNTED = {
+    pickle.SETITEM: slice(-2, -1),
+    **dict.fromkeys((pickle.SETITEMS, pickle.DICT), slice(None, None, 2)),
+    **dict.fromkeys((pickle.ADDITEMS, pickle.FROZENSET), slice(None)),
+    **dict.fromkeys(
+        (pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.BUILD, pickle.BINPERSID), slice(-1, None)
+    ),
+}
+"""Where on the stack an opcode finds keys, members of a set or arguments."""
+
+
+def _counted(opcode: bytes, part: slice) -> Callable[[Any], None]:
+    """What an opcode does, once that part of the stack was counted."""
+    run: Any = pickle._Unpickler.dispatch[opcode[0]]
+
+    def count_and_run(scan: _Scan) -> None:
+        scan.count(scan.stack[part])
+        run(scan)
+
+    return count_and_run
 
 
 class _Scan(pickle._Unpickler):
     """Takes a pickle apart: what it names, and how large it says that its storages are.
 
     The one in C would make room for as many memos as a pickle asks for; this one keeps those that there are.
+
+    Keys are hashed, here and by torch, and torch hashes and prints arguments of calls; where one is a pair of one thing
+    twice, and so on for 60 levels, neither comes to an end. So both are counted first.
     """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = {
+        **pickle._Unpickler.dispatch,
+        **{opcode[0]: _counted(opcode, part) for opcode, part in _COUNTED.items()},
+    }
 
     def __init__(self, file: _Bounded | io.BytesIO) -> None:
         super().__init__(file, encoding="utf-8")
+        self.file = file
+        self.uses = 0
         self.declared: dict[str, int] = {}
         self.refused: list[str] = []
         self.found: object = None
@@ -247,14 +315,33 @@ class _Scan(pickle._Unpickler):
             self.refused.append(f"{module}.{name}"[:100])
         return type("Named", (_Inert,), {"name": name})
 
+    def count(self, values: Iterable[object]) -> None:
+        """Count the values and all in them, what is shared each time. Raises `BadInputError` where that is no end."""
+        stack, most = [iter(values)], _SMALL + _MOST_USES * self.file.tell()
+        while stack:
+            for value in stack[-1]:
+                self.uses += 1
+                inside = value.parts if isinstance(value, _Inert) else value
+                if isinstance(inside, dict | tuple | list | set | frozenset):
+                    stack.append(iter(inside.items() if isinstance(inside, dict) else inside))
+                    break
+            else:
+                stack.pop()
+            if self.uses > most:
+                raise BadInputError(f"its keys and arguments hold more than {most} values")
+            if len(stack) > _MOST_DEPTH:
+                raise BadInputError(f"a key or an argument in it lies more than {_MOST_DEPTH} deep in itself")
+
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, key, _, numel, *_ = pid
+        if type(kind) is not str or type(key) is not str:  # before either is printed, compared or hashed
+            raise BadInputError("it has a storage without a name")
         width = _WIDTHS.get(getattr(storage, "name", ""))
         if kind != "storage" or width is None or type(numel) is not int or numel < 0:
             raise BadInputError(f"it has a storage of an unknown kind, {kind!r:.40}")
         nbytes = numel * width
-        if self.declared.setdefault(str(key), nbytes) != nbytes:
-            raise BadInputError(f"it says that storage {key!s:.40} has two sizes")
+        if self.declared.setdefault(key, nbytes) != nbytes:
+            raise BadInputError(f"it says that storage {key:.40} has two sizes")
         return _Inert()
 
 

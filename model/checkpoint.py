@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 import reprlib
 import sys
 from collections.abc import Mapping
@@ -65,10 +66,11 @@ def step_path(folder: Path, step: int) -> Path:
 
 
 def run_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints of a run, by step."""
-    return sorted(
-        folder.glob("step-[0-9][0-9][0-9][0-9][0-9][0-9]*.pt"), key=lambda p: int(p.stem.split("-")[1])
+    """All checkpoints of a run, by step; a file of another name, as a copy has, is none."""
+    named = (
+        (re.fullmatch(r"step-(\d{6,})\.pt", path.name, re.ASCII), path) for path in folder.glob("step-*.pt")
     )
+    return [path for _, path in sorted((int(found[1]), path) for found, path in named if found)]
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -99,8 +101,8 @@ def _anew(tree: Any) -> Any:
 def read(path: Path) -> Checkpoint | None:
     """Read a checkpoint; None when it is a readable file of another kind.
 
-    Raises `BadInputError` for a file that is damaged, holds code, is of a newer version, or does not fit its
-    own config.
+    Raises `BadInputError` for a file that is damaged (`DamagedFileError`), holds code, is of a newer version, or does
+    not fit its own config.
     """
     content = _of_safetensors(path) if is_safetensors(path) else read_torch(path)
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
@@ -153,7 +155,7 @@ def checked(values: Mapping[str, Any]) -> Checkpoint:
         raise BadInputError("its data or train have keys that are no text")
     config = from_dict(ModelConfig, values["config"])
     weights = _without_prefix(values["weights"])
-    if config.layers * max(1, len(config.cms_levels)) > len(weights):  # each has weights of its own
+    if config.layers * max(1, len(config.levels)) > len(weights):  # each has weights of its own
         raise BadInputError(
             f"the weights do not fit the configuration: {config.layers} layers, and {len(weights)} weights in all"
         )

@@ -15,7 +15,7 @@ import torch
 import hopeprobe
 from hopeprobe import ranks
 from hopeprobe.devices import device_name
-from hopeprobe.errors import BadInputError, DivergedError
+from hopeprobe.errors import BadInputError, DamagedFileError, DivergedError
 from hopeprobe.files import write_atomically
 from hopeprobe.model.checkpoint import Checkpoint, read, run_checkpoints, save, step_path
 from hopeprobe.model.config import ModelConfig
@@ -120,13 +120,14 @@ def resumed(
 ) -> Run:
     """Find a run again at its last resumable checkpoint, or at step 0 where it has none.
 
-    Raises `BadInputError` where there is none, where it was set otherwise, or where its last file is damaged.
+    Raises `BadInputError` where there is none, where it was set otherwise, or where its last file cannot be used;
+    it says to delete that only where it is damaged.
     """
     for path in reversed(run_checkpoints(folder)):
         try:
             checkpoint = read(path)
-        except BadInputError as error:
-            raise BadInputError(f"{error}: delete it, and --resume goes on from the one before") from None
+        except DamagedFileError as error:
+            raise DamagedFileError(f"{error}: delete it, and --resume goes on from the one before") from None
         if checkpoint is not None and checkpoint.optimizer is not None:
             break
     else:

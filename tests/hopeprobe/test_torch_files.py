@@ -1,11 +1,15 @@
 """What a file may ask of torch beyond tensors and data: each refused by name, with nothing executed or allocated."""
 
+import errno
 import pickle
 import re
 import resource
 import struct
+import subprocess
+import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,11 +47,13 @@ def repacked(path, change=lambda name, content: content, **given):
 def test_tensors_and_plain_data_come_back(path, old):
     content = {"a": torch.arange(6.0).view(2, 3).t(), "b": [1, 2.5, None, "x", (True, {3: b"y"})], "d": torch.float32,
                "s": torch.Size([2]), "half": torch.zeros(3, dtype=torch.bfloat16)}  # fmt: skip
+    content["keys"] = {(1, ("a", 2.5)): {1, (2, None)}, None: Counter("aab"), b"y": OrderedDict({True: ()})}
     content["state"] = torch.nn.Linear(2, 2).state_dict()
     torch.save(content, path, _use_new_zipfile_serialization=not old)
     found = read_torch(path)
     assert torch.equal(found["a"], content["a"])
     assert found["b"] == content["b"]
+    assert found["keys"] == content["keys"]
     assert torch.equal(found["state"]["weight"], content["state"]["weight"])
     if not old:
         assert torch.equal(read_torch(path, mapped=True)["a"], content["a"])
@@ -88,14 +94,169 @@ def test_lists_without_end(path):
     refused(path, "deep in each other")
 
 
-def test_a_file_that_does_not_fit_is_not_called_damaged(path, monkeypatch):
+def doubled(levels, pair):
+    """Pickled: one thing twice, that twice, and so on: of 60 levels, nobody comes to the end."""
+    content = pair()
+    for _ in range(levels):
+        content = pair((content, content))
+    return pickle.dumps(content, 2)[2:-1]
+
+
+def text(said):
+    return b"X" + struct.pack("<I", len(said)) + said
+
+
+def storage(key, kind=None, more=b""):
+    return (
+        b"("
+        + (kind or text(b"storage"))
+        + b"ctorch\nFloatStorage\n"
+        + key
+        + text(b"cpu")
+        + b"K\0"
+        + more
+        + b"tQ"
+    )
+
+
+def endless(levels):
+    """Pickles that hash or print what is doubled, by where they do."""
+    lists, tuples = doubled(levels, list), doubled(levels, tuple)
+    ordered = b"ccollections\nOrderedDict\n"
+    rebuild = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + ordered * 2
+    return {
+        "a storage's key": storage(lists),
+        "a storage's kind": storage(text(b"0"), lists),
+        "the key of a view": storage(text(b"0"), more=b"(" + tuples + b"K\0K\0t"),
+        "a dictionary's key": b"}" + tuples + b"Ns",
+        "a deep key": b"})" + b"\x85" * 200_000 + b"Ns",  # of which a hash runs out of stack
+        "a dictionary's second key": b"}(NN" + tuples + b"Nu",
+        "the key of a whole dictionary": b"(" + tuples + b"Nd",
+        "a set's member": b"\x8f(" + tuples + b"\x90",
+        "a frozen set's member": b"(" + tuples + b"\x91",
+        "what a set is made of": b"c__builtin__\nset\n](" + tuples + b"e\x85R",
+        "what a set is made of by another call": rebuild.replace(ordered, b"c__builtin__\nset\n", 1)
+        + b"](" + tuples + b"e\x85NtR",
+        "what a new set is made of": b"ccollections\nCounter\n](" + tuples + b"e\x85\x81",
+        "what a dictionary is made of": ordered + b"](" + tuples + b"N\x86e\x85R",
+        "a dictionary's attributes": ordered + b")R](" + tuples + b"N\x86eb",
+        "a state that is printed": rebuild + b")" + lists + b"\x85tR",
+        "a printed state of dictionaries": ordered + b")Rq\0"
+        + levels * (ordered + b")R(K\0h\0K\1h\0uq\0") + rebuild + b")h\0\x85tR",
+    }  # fmt: skip
+
+
+def test_a_storage_without_a_name(path):
+    for given in (storage(b"]"), storage(b"K\1"), storage(text(b"0"), b"]")):
+        torch.save({}, path)
+        pickled = b"\x80\x02" + given + b"."
+        repacked(path, lambda name, content, p=pickled: p if name.endswith("data.pkl") else content)
+        refused(path, "a storage without a name")
+
+
+def test_what_is_hashed_or_printed_without_end(tmp_path):
+    """Each in a second of its own: the process is ended otherwise, for Python cannot leave a hash."""
+    start = [pickle.dumps(one, 2) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    for levels in (40, 60):
+        pickles = {name: b"\x80\x02" + code + b"." for name, code in endless(levels).items()}
+        for name, pickled in pickles.items():
+            with zipfile.ZipFile(tmp_path / f"{name}, {levels}", "w") as archive:
+                archive.writestr("a/data.pkl", pickled)
+                archive.writestr("a/version", "3\n")
+                archive.writestr("a/data/0", b"")
+            content = b"".join([*start, pickled, pickle.dumps(["0"], 2)])
+            (tmp_path / f"{name}, {levels}, old").write_bytes(content)
+        listed = b"\x80\x02](" + doubled(levels, list) + b"e."
+        (tmp_path / f"the list of storages, {levels}").write_bytes(b"".join([*start, start[-1], listed]))
+    done = run(
+        "import signal",
+        "for path in sorted(Path(sys.argv[1]).iterdir()):",
+        "    print(path.name, end=': ', flush=True)",
+        "    signal.setitimer(signal.ITIMER_PROF, 1)",
+        "    said(path)",
+        "    signal.setitimer(signal.ITIMER_PROF, 0)",
+        argument=tmp_path,
+    )
+    assert len(done) == 2 * (2 * len(pickles) + 1)
+    for line in done:
+        assert "is damaged" in line
+        assert "cut off" not in line, "refused by what torch raised"
+
+
+def run(*lines, argument):
+    """The lines that a process of its own prints, which has read a small file already."""
+    small = argument.parent / "small.pt"
+    torch.save({"a": torch.zeros(3)}, small)
+    program = f"""
+import sys
+from pathlib import Path
+from hopeprobe.errors import BadInputError
+from hopeprobe.torch_files import read_torch
+
+def said(path, **given):
+    try:
+        print("read", len(read_torch(path, **given)))
+    except BadInputError as error:
+        print(error)
+
+said(Path({str(small)!r}))
+"""
+    command = [sys.executable, "-c", program + "\n".join(lines), str(argument)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-1000:]
+    first, *others = done.stdout.splitlines()
+    assert first == "read 1"
+    return others
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"
+        ),
+        RuntimeError("unable to mmap 600001343 bytes from file <large.pt>: Cannot allocate memory (12)"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:116] data. DefaultCPUAllocator: not enough memory: you tried"
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_not_called_damaged(path, monkeypatch, error):
+    """What torch says; that it does is tested below."""
     torch.save({"a": torch.zeros(3)}, path)
 
     def full(*_, **__):
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr(torch, "load", full)
     refused(path, "does not fit into memory")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="nothing says how much memory a process has"
+)
+def test_a_file_that_does_not_fit(tmp_path):
+    paths = [tmp_path / "large.pt", tmp_path / "old.pt"]
+    for path, new in zip(paths, (True, False), strict=True):
+        torch.save({"a": torch.zeros(48 << 18)}, path, _use_new_zipfile_serialization=new)
+    done = run(
+        "import re, resource",
+        "has = int(re.search(r'VmSize:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) << 10",
+        "_, hard = resource.getrlimit(resource.RLIMIT_AS)",
+        "for limit in (has + (32 << 20), hard):",
+        "    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))",
+        "    for name in ('large.pt', 'old.pt'):",
+        "        for mapped in (False, True):",
+        "            said(Path(sys.argv[1], name), mapped=mapped)",
+        argument=tmp_path,
+    )
+    full = [
+        f"{path} does not fit into memory ({path.stat().st_size} bytes)" for path in paths for _ in range(2)
+    ]
+    assert done == [*full, *["read 1"] * 4]
 
 
 def test_a_tensor_larger_than_its_file(path):

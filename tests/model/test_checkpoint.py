@@ -361,7 +361,17 @@ def test_checkpoints_are_listed_by_step_and_nothing_else_is(tmp_path):
     steps = (0, 5, 100, 20, 1234567)
     for step in steps:
         step_path(tmp_path, step).touch()
-    for other in ("step-last.pt", ".step-000007.pt.x1", "step-000009.tmp", "best.pt"):
+    for other in (
+        "step-last.pt",
+        ".step-000007.pt.x1",
+        "step-000009.tmp",
+        "best.pt",
+        "step-000005 (1).pt",
+        "step-000005.bak.pt",
+        "step-000005-copy.pt",
+        "step-00005.pt",
+        "step-00000\u0665.pt",
+    ):
         (tmp_path / other).touch()
     assert run_checkpoints(tmp_path) == [step_path(tmp_path, s) for s in sorted(steps)]
     assert step_path(tmp_path, 200).name == "step-000200.pt"

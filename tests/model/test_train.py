@@ -15,6 +15,7 @@ from hopeprobe.errors import BadInputError, DivergedError
 from hopeprobe.locks import run_lock
 from hopeprobe.model import train as module
 from hopeprobe.model.checkpoint import read, run_checkpoints, save, step_path
+from hopeprobe.model.config import CMSLevel
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import held_out
 from hopeprobe.model.metrics import MetricsFile
@@ -330,6 +331,31 @@ def test_a_record_that_was_changed_is_named_and_left(whole, tmp_path, spoil, mes
     assert [line["step"] for line in lines(tmp_path)][-1] == 6
 
 
+@pytest.mark.parametrize("changed", [{"version": 2}, {"written_by_a_later_version": 1}])
+def test_nobody_is_told_to_delete_a_checkpoint_that_is_whole(whole, tmp_path, changed):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    last = run_checkpoints(folder)[-1]
+    torch.save(torch.load(last, weights_only=True) | changed, last)
+    with pytest.raises(BadInputError, match=rf"{last.name} ") as caught:
+        run(folder, resume=True)
+    assert "delete it" not in str(caught.value)
+
+
+def test_a_run_is_read_again_whatever_levels_its_variant_leaves_out(tmp_path):
+    levels = tuple(CMSLevel(f"level{i}", MODEL.tick) for i in range(40))
+    model = dataclasses.replace(MODEL, variant="transformer", cms_levels=levels)
+    run(tmp_path, dataclasses.replace(CONFIG, steps=2), model)
+    assert run(tmp_path, dataclasses.replace(CONFIG, steps=3), model, resume=True).step == 3
+
+
+def test_a_copy_beside_checkpoints_is_none_of_them(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    shutil.copy(folder / "step-000006.pt", folder / "step-000006 (1).pt")
+    assert run(folder, dataclasses.replace(CONFIG, steps=7), resume=True).step == 7
+
+
 def test_a_damaged_checkpoint_is_not_passed_over_but_told_how_to_go_on(whole, tmp_path):
     interrupted(tmp_path, 5)
     last = run_checkpoints(tmp_path)[-1]
@@ -424,7 +450,9 @@ def test_too_little_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("steps", 0), ("batch", -1), ("learning_rate", 0.0), ("clip", float("nan")), ("warmup", -1), ("seed", -3),
-     ("weight_decay", -0.1), ("checkpoint_every", 0), ("eval_every", 0), ("eval_tokens", 0)],
+     ("weight_decay", -0.1), ("checkpoint_every", 0), ("eval_every", 0), ("eval_tokens", 0), ("steps", 2.5),
+     ("batch", True), ("seed", 2**63), ("seed", 0.5), ("beta1", 1.0), ("beta2", float("nan")), ("epsilon", 0.0),
+     ("warmup", float("inf")), ("weight_decay", float("inf"))],
 )  # fmt: skip
 def test_values_that_cannot_work(name, value):
     with pytest.raises(BadInputError, match=name):
