@@ -7,6 +7,7 @@ number that nobody wrote; here each is a `ValueError` that says what it is.
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,7 @@ _SHOWN = 40
 
 def read_document(path: str | os.PathLike[str]) -> str:
     """The text of a file. Raises OSError, UnicodeDecodeError (a ValueError), and ValueError for too large a one."""
-    file = Path(path)
-    with file.open("rb") as opened:
-        content = opened.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
-    return content.decode("utf-8-sig")
+    return _content(path).decode()
 
 
 def parse_json(text: str, special: bool = False) -> Any:
@@ -62,13 +58,16 @@ def parse_json(text: str, special: bool = False) -> Any:
 def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Lines of a file and the JSON object in each; the last may be cut off, without its end, by a kill.
 
-    Raises OSError, UnicodeDecodeError and ValueError, which says the line, as `read_document` and `parse_json`.
+    Raises OSError, ValueError for too large a file, and ValueError that says the line for one that is no UTF-8, for
+    what `parse_json` refuses, and for no object.
     """
-    lines = read_document(path).split("\n")  # not at every sign that Unicode breaks lines at: JSON does not
-    whole = lines[-1] == ""
+    # As bytes: the file may end within a character, and text has more signs that break lines than JSON has.
+    lines = _content(path).split(b"\n")
+    whole = lines[-1] == b""
     lines = lines[: len(lines) - whole]
-    for number, line in enumerate(lines, 1):
+    for number, content in enumerate(lines, 1):
         try:
+            line = content.decode()
             record = parse_json(line, special=True)
         except ValueError as error:
             if number == len(lines) and not whole:
@@ -77,6 +76,15 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
         if not isinstance(record, dict):
             raise ValueError(f"line {number}: it is no JSON object")  # noqa: TRY004 - as for all that a file can be
         yield line, record
+
+
+def _content(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file, without the mark of its encoding. Raises OSError, and ValueError for too large a one."""
+    with Path(path).open("rb") as opened:
+        content = opened.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
+    return content.removeprefix(codecs.BOM_UTF8)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

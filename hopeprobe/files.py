@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from hopeprobe.documents import parse_json
 from hopeprobe.errors import BadInputError
-from hopeprobe.replacing import replacing
+from hopeprobe.locks import HAS_LOCKS
+from hopeprobe.replacing import hidden, replacing
+
+if HAS_LOCKS:
+    import fcntl
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -37,6 +43,7 @@ def check_places(
         known.append(file)
     for folder in filter(None, folders):
         _check_folder(folder, folder)
+        _check_length(Path(os.path.realpath(folder)), folder)
 
 
 def _check_file(file: Path) -> None:
@@ -45,17 +52,38 @@ def _check_file(file: Path) -> None:
     if os.path.exists(file) and not os.path.isfile(file):  # to replace /dev/null would break more than this
         raise BadInputError(f"cannot write {file}: it is no regular file; choose another")
     # A link is written through.
-    _check_folder(Path(os.path.realpath(file)).parent if os.path.islink(file) else file.parent, file)
+    real = Path(os.path.realpath(file))
+    _check_folder(real.parent if os.path.islink(file) else file.parent, file)
+    _check_length(real, file)
+    _check_length(hidden(real), file)  # which may be the longer name
 
 
 def _check_folder(folder: Path, target: Path) -> None:
     """Look at the folder, or where it will be made, at the next one above that is there."""
-    there = next((one for one in (folder, *folder.parents) if os.path.exists(one)), Path())
+    there = _first_there(folder)
     if not os.path.isdir(there):
         what = "it" if there == target else there
         raise BadInputError(f"cannot write {target}: {what} is a file, not a folder; choose another place")
     if not _writable(there):
         raise BadInputError(f"cannot write {target}: nothing may be written in {there}; choose another place")
+
+
+def _first_there(path: Path) -> Path:
+    return next((one for one in (path, *path.parents) if os.path.exists(one)), Path())
+
+
+def _check_length(path: Path, target: Path) -> None:
+    """Look whether a path may be that long, and each name in it that is not there yet."""
+    there = _first_there(path)
+    new = itertools.takewhile(lambda one: one != there, (path, *path.parents))
+    # The system looks no further than a folder that is missing: each name is tried in the last that is there.
+    for one in (path, *(there / each.name for each in new)):
+        try:
+            os.lstat(one)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                said = f"cannot write {target}: {error.strerror}; choose another place"
+                raise BadInputError(said) from None
 
 
 def _writable(folder: Path) -> bool:
@@ -108,6 +136,53 @@ def append_whole(file: BinaryIO, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, size)
         raise
+
+
+def append_record(file: BinaryIO, record: bytes) -> None:
+    """Add a JSON object as a line, as `append_whole`; the file can be read too. Others may add to it. Raises OSError.
+
+    The beginning of a line that a killed process left is cut off: the record would become the rest of it.
+    """
+    with _alone(file):
+        append_whole(file, _mend(file) + record + b"\n")
+
+
+@contextlib.contextmanager
+def _alone(file: BinaryIO) -> Iterator[None]:
+    """Hold a file, but on a disk without locks: what another is just writing must not be taken for left behind."""
+    if not HAS_LOCKS:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        # Not by closing it alone: a process that was forked meanwhile has it open too.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _mend(file: BinaryIO) -> bytes:
+    """Cut off the beginning of a record that ends a file, and give what must come before the next. Raises OSError.
+
+    That is the end of its line, where it is a whole record, or no record at all: a file named by mistake loses nothing.
+    """
+    size = os.fstat(file.fileno()).st_size  # 0 for a pipe, which cannot be read
+    start, tail = size, b""
+    while start and b"\n" not in tail:
+        start = max(0, size - max(1, 16 * len(tail)))
+        file.seek(start)
+        tail = file.read()
+    left = tail[tail.rfind(b"\n") + 1 :]
+    if not left.startswith(b"{"):
+        return b"\n" if left else b""
+    try:
+        parse_json(left.decode(), special=True)
+    except ValueError:
+        os.ftruncate(file.fileno(), start + len(tail) - len(left))
+        return b""
+    return b"\n"
 
 
 def advice(error: OSError) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hopeprobe.analysis import analyze, chosen_probes
 from hopeprobe.errors import BadInputError, MeasurementError
-from hopeprobe.files import advice, append_whole
+from hopeprobe.files import advice, append_record
 from hopeprobe.results import Address, Results, nan_to_null
 from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens import TokenData, load_tokens
@@ -157,7 +157,7 @@ class Watching:
     Args:
         monitor: what is measured and when.
         subject: around the module that is trained; a copy is measured.
-        log: a file that gets one line of JSON a measurement, added to what it holds.
+        log: a file that gets one line of JSON a measurement, added to what it holds; a line that a kill cut off goes.
         start: steps done before.
 
     """
@@ -191,11 +191,12 @@ class Watching:
         found = self.monitor.measure(now, self.steps)
         self.measured = self.steps
         if self.log is not None:
-            line = json.dumps({"step": self.steps, **found}, allow_nan=False, ensure_ascii=False) + "\n"
+            line = json.dumps({"step": self.steps, **found}, allow_nan=False, ensure_ascii=False)
             try:
                 self.log.parent.mkdir(parents=True, exist_ok=True)
-                with self.log.open("ab", buffering=0) as file:
-                    append_whole(file, line.encode())
+                # A pipe has nothing to read back; opened for both it would not wait for its reader.
+                with self.log.open("ab" if self.log.is_fifo() else "a+b", buffering=0) as file:
+                    append_record(file, line.encode())
             except OSError as problem:
                 raise BadInputError(
                     f"cannot write {self.log}: {problem.strerror or problem}. {advice(problem)}"

@@ -33,6 +33,12 @@ _LONGEST = 200  # bytes of a name that is shown in the hidden one's
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
+def hidden(target: Path) -> Path:
+    """Where `replacing` writes what will be `target`: a new name beside it, of as many bytes each time."""
+    name = target.name.encode(errors="replace")[:_LONGEST].decode(errors="ignore")
+    return target.with_name(f".{name}.{secrets.token_hex(4)}{_SUFFIX}")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[BinaryIO]:
     """Give a file to write that replaces `path` if the block succeeds, and vanishes if not. Raises OSError.
@@ -42,9 +48,7 @@ def replacing(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Binar
     """
     target = Path(os.path.realpath(path))
     folder = target.parent
-    # Named before it is there: an interrupt as it is made finds it too.
-    name = target.name.encode(errors="replace")[:_LONGEST].decode(errors="ignore")
-    partial = folder / f".{name}.{secrets.token_hex(4)}{_SUFFIX}"
+    partial = hidden(target)  # named before it is there: an interrupt as it is made finds it too
     file: BinaryIO | None = None
     try:
         make_folder(folder, sync)

@@ -52,3 +52,27 @@ def test_lines_are_those_of_the_file_and_only_the_last_may_be_cut_off(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
             list(read_records(path))
+
+
+def test_a_file_that_is_cut_off_anywhere_loses_the_last_line_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    first, last = b'\xef\xbb\xbf{"a": "\xc3\xa4"}\n', '{"b": "ä€😀"}'.encode()
+    for end in range(len(last) + 1):
+        path.write_bytes(first + last[:end])
+        whole = [{"b": "ä€😀"}] if end == len(last) else []
+        assert [record for _, record in read_records(path)] == [{"a": "ä"}, *whole], last[:end]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a": 1}\n{"b": "\xc3"}\n{"c": 2}\n', "line 2: 'utf-8' codec"),
+        (b'{"a": 1}\n{"b": "\xc3\n', "line 2: 'utf-8' codec"),
+        (b'\xff\n{"a": 1}', "line 1: 'utf-8' codec"),
+    ],
+)
+def test_half_a_character_elsewhere_is_an_error(tmp_path, content, said):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{said}"):
+        list(read_records(path))

@@ -3,6 +3,7 @@
 import builtins
 import errno
 import functools
+import json
 import os
 import stat
 import subprocess
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from hopeprobe import files, nulls, replacing
+from hopeprobe.documents import read_records
 from hopeprobe.errors import BadInputError
-from hopeprobe.files import append_whole, check_places, write_atomically
+from hopeprobe.files import append_record, append_whole, check_places, write_atomically
 from hopeprobe.tokens import cache
 
 
@@ -152,6 +154,90 @@ def test_a_line_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "log").read_bytes() == b"1234\n90\n"
 
 
+def add(path, record):
+    with path.open("a+b", buffering=0) as file:
+        append_record(file, record)
+
+
+RECORDS = [{"step": 0, "of": "ä"}, {"step": 10, "of": "€"}]
+FIRST, LAST = (json.dumps(record, ensure_ascii=False).encode() for record in RECORDS)
+
+
+def test_a_record_is_a_line_of_its_own_wherever_a_kill_cut_the_last_one_off(tmp_path):
+    path = tmp_path / "log"
+    for end in range(len(LAST) + 1):
+        path.write_bytes(FIRST + b"\n" + LAST[:end])
+        for step in (11, 12):
+            add(path, b'{"step": %d}' % step)
+        kept = [LAST] if end == len(LAST) else []  # only the end of its line is missing
+        assert path.read_bytes().splitlines() == [FIRST, *kept, b'{"step": 11}', b'{"step": 12}'], LAST[:end]
+        assert [record["step"] for _, record in read_records(path)] == [0, *([10] * len(kept)), 11, 12]
+
+
+@pytest.mark.parametrize("size", [1, 20, 300, 70_000])
+def test_the_beginning_of_the_first_record_is_cut_off_too(tmp_path, size):
+    path = tmp_path / "log"
+    path.write_bytes((b'{"note": "' + b"x" * size)[:size])
+    add(path, FIRST)
+    assert path.read_bytes() == FIRST + b"\n"
+
+
+@pytest.mark.parametrize("content", [b"PK\x05\x06\n\x00\x00", b'{\n "a": 1\n}', b"a note", b"\n"])
+def test_what_is_no_record_is_not_cut_off(tmp_path, content):
+    """A file that was named by mistake."""
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    add(path, FIRST)
+    assert path.read_bytes() == content + b"\n" * (content != b"\n") + FIRST + b"\n"
+
+
+def test_a_record_for_which_there_is_no_room_leaves_whole_ones(tmp_path, monkeypatch):
+    def full(descriptor, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "log"
+    path.write_bytes(FIRST + b"\n" + LAST[:5])
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        add(path, LAST)
+    assert path.read_bytes() == FIRST + b"\n"
+
+
+def test_many_add_to_one_file_and_none_cuts_off_what_another_writes(tmp_path):
+    """Slowly, a piece at a time: what is seen of a line that is being written looks as what a kill left."""
+    pytest.importorskip("fcntl")
+    program = """
+import os, sys, time
+from hopeprobe.files import append_record
+write = os.write
+def slowly(descriptor, content):
+    time.sleep(0.001)
+    return write(descriptor, content[:5])
+os.write = slowly
+for number in range(20):
+    with open(sys.argv[1], "a+b", buffering=0) as file:
+        append_record(file, b'{"who": %s, "number": %d}' % (sys.argv[2].encode(), number))
+"""
+    path = tmp_path / "log"
+    path.write_bytes(b'{"who": ')
+    processes = [subprocess.Popen([sys.executable, "-c", program, path, str(who)]) for who in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    found = [(record["who"], record["number"]) for _, record in read_records(path)]
+    assert [sorted(number for who, number in found if who == one) for one in range(3)] == [[*range(20)]] * 3
+
+
+def test_a_disk_without_locks_gets_its_records_too(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / "log").write_bytes(FIRST + b"\n" + LAST[:5])
+    add(tmp_path / "log", LAST)
+    assert (tmp_path / "log").read_bytes() == FIRST + b"\n" + LAST + b"\n"
+
+
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """A folder, a file and a pipe, in the current folder."""
@@ -179,9 +265,87 @@ def places(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_a_file_is_refused_early_and_late(places, where, why):
     with pytest.raises(BadInputError, match=rf"^cannot write {where}.*: {why}"):
         write_atomically(where, b"x")
-    if len(where) < 256:
-        with pytest.raises(BadInputError, match=rf"^cannot write {where}: {why}"):
-            check_places([Path(where)])
+    with pytest.raises(BadInputError, match=rf"^cannot write {where}: {why}"):
+        check_places([Path(where)])
+
+
+LONG = "x" * 300
+
+
+def test_a_name_that_is_too_long_anywhere_in_a_place(places):
+    os.symlink(LONG, "folder/link")
+    for file in (
+        f"new/{LONG}",
+        f"new/{LONG}/out",
+        f"folder/{LONG}/deep/out",
+        "folder/link",
+        "a/" * 2200 + "out",
+    ):
+        with pytest.raises(BadInputError, match=f"^cannot write {file}: File name too long; choose another"):
+            check_places([Path(file)])
+    for folder in (LONG, f"new/{LONG}", f"folder/{LONG}/deep", "a/" * 2200 + "out"):
+        with pytest.raises(
+            BadInputError, match=f"^cannot write {folder}: File name too long; choose another"
+        ):
+            check_places(folders=[Path(folder)])
+    check_places([Path("x" * 255), Path(f"new/{'é' * 127}")], [Path(f"new/{'x' * 255}")])
+    os.unlink("folder/link")
+
+
+def written(path):
+    """Whether the system takes a file there, and the hidden one before it."""
+    try:
+        with replacing.replacing(path, sync=False) as file:
+            file.write(b"x")
+    except OSError as error:
+        assert error.errno == errno.ENAMETOOLONG  # noqa: PT017 - what else is wrong is an error here
+        return False
+    path.unlink()
+    return True
+
+
+def allowed(path):
+    try:
+        check_places([path])
+    except BadInputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+@pytest.mark.parametrize("room", [30, 110, 215, 240])
+def test_the_length_of_a_path_is_told_as_writing_finds_it(tmp_path, monkeypatch, room, letter):
+    """Up to the longest of the system: the hidden file may have the longer name, or the shorter one."""
+    folder, most = tmp_path, os.pathconf(tmp_path, "PC_PATH_MAX") - 1  # bytes; the last ends it
+    while (left := most - room - len(os.fsencode(folder)) - 1) > 200:
+        folder /= "d" * 100
+    folder /= "d" * left
+    assert len(os.fsencode(folder)) == most - room
+    folder.mkdir(parents=True)
+    found = []
+    for length in range(max(1, room - 35), room + 3):
+        name = letter * (length // len(letter.encode())) + "x" * (length % len(letter.encode()))
+        found.append(written(folder / name))
+        assert allowed(folder / name) is found[-1], length
+        assert list(folder.iterdir()) == []
+    assert set(found) == {True, False}
+    monkeypatch.chdir(folder)  # where it is a short name, of a long path
+    assert not allowed(Path("x" * room))
+
+
+def test_the_hidden_file_alone_may_be_too_long(tmp_path, monkeypatch):
+    """As on disks that know shorter names than others."""
+    real, most = os.lstat, 140
+    for length in (100, 120, 121, 140):
+
+        def lstat(path, *given, **more):
+            if len(os.path.basename(os.fspath(path))) > most:
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+            return real(path, *given, **more)
+
+        monkeypatch.setattr(os, "lstat", lstat)
+        assert allowed(tmp_path / ("x" * length)) is (length <= 120)
+        monkeypatch.undo()
 
 
 def test_a_place_that_cannot_be_a_folder(places):

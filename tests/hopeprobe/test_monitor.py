@@ -3,11 +3,14 @@
 import copy
 import json
 import math
+import os
+import subprocess
 
 import pytest
 import torch
 
 from hopeprobe.analysis import analyze
+from hopeprobe.documents import read_records
 from hopeprobe.errors import BadInputError
 from hopeprobe.model.train import TrainConfig, train
 from hopeprobe.monitor import Monitor
@@ -120,6 +123,30 @@ def test_a_loop_of_ones_own(loop, monitor, tmp_path):
     assert any(not torch.equal(before[n], t) for n, t in loop.subject.module.state_dict().items())
     assert loop.subject.trained_steps == 0, "the subject itself is as it was"
     assert sorted({row.step for row in watch.results.rows}) == [0, 3, 6, 7]
+
+
+@pytest.mark.parametrize("left", ['{"step": 10, "pro', '{"step": 10, "missing": ["ä'])
+def test_a_line_that_a_kill_cut_off_does_not_swallow_the_next(loop, monitor, tmp_path, left):
+    log = tmp_path / "probes.jsonl"
+    log.write_bytes(b'{"step": 0, "probes": {}}\n' + left.encode()[:-1])
+    with monitor("surprise", every=1, tokens=200).watching(loop.subject, log, start=10) as watching:
+        loop.step()
+        watching.step()
+    assert [record["step"] for _, record in read_records(log)] == [0, 10, 11]
+    assert len(lines(log)) == 3
+
+
+def test_a_log_may_be_a_pipe(loop, monitor, tmp_path):
+    """It waits for whoever reads it."""
+    os.mkfifo(tmp_path / "pipe")
+    call = ["sh", "-c", 'sleep 0.5; exec cat "$0"', tmp_path / "pipe"]
+    with subprocess.Popen(call, stdout=subprocess.PIPE) as reader:
+        try:
+            with monitor("surprise", tokens=200).watching(loop.subject, tmp_path / "pipe"):
+                pass
+            assert json.loads(reader.communicate(timeout=20)[0])["step"] == 0
+        finally:
+            reader.kill()
 
 
 def test_another_gate_is_set_beside_the_weights_on_entry_too(loop, monitor):
