@@ -67,18 +67,27 @@ def file_lock(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def refuse_held(folder: str | os.PathLike[str]) -> None:
-    """Raise BadInputError where another process holds a folder now: to be told before hours go into tokens."""
+    """Raise BadInputError where another process holds a folder now: to be told before hours go into tokens.
+
+    So it does where the folder could not be held: too long a name, one that may not be looked into.
+    """
     path = Path(folder) / ".lock"
-    if not HAS_LOCKS or not path.exists():
+    if not HAS_LOCKS:
         return
-    with contextlib.suppress(OSError):  # what cannot be opened is told when it is to be held
+    try:
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(descriptor, Path(folder), _OTHER_FOLDER) from None
-        finally:
-            os.close(descriptor)
+    except FileNotFoundError:  # nobody holds it
+        return
+    except OSError as error:
+        raise _refused(path, error, _OTHER_FOLDER) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(descriptor, Path(folder), _OTHER_FOLDER) from None
+    except OSError:  # a disk without locks is told when it is to be held
+        return
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -124,9 +133,7 @@ def _acquired(path: Path, target: Path, instead: str) -> int | None:
         except OSError as error:
             if isinstance(error, FileNotFoundError) and patience:
                 continue  # the folder went as its last holder let go of it
-            raise BadInputError(
-                f"cannot write in {path.parent}: {error.strerror or error}; choose {instead}"
-            ) from None
+            raise _refused(path, error, instead) from None
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, descriptor)
             try:
@@ -201,6 +208,10 @@ def _command() -> str:
     if name == "-c":  # Python's; the program itself is long
         name, rest = sys.executable, ["-c", "...", *rest]
     return shlex.join([os.path.basename(name), *rest])
+
+
+def _refused(path: Path, error: OSError, instead: str) -> BadInputError:
+    return BadInputError(f"cannot write in {path.parent}: {error.strerror or error}; choose {instead}")
 
 
 def _in_use(descriptor: int, target: Path, instead: str) -> BadInputError:

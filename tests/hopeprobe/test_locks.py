@@ -95,6 +95,44 @@ def test_one_that_only_looks(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_one_that_only_looks_is_told_where_nothing_can_be_held(tmp_path, monkeypatch):
+    """In the words of one that is to hold it."""
+    (tmp_path / "file").touch()
+
+    def told(folder, number):
+        said = f"cannot write in {folder}: {os.strerror(number)}; choose another --out"
+        for look in (refuse_held, lambda one: run_lock(one).__enter__()):
+            with pytest.raises(BadInputError) as refused:
+                look(folder)
+            assert str(refused.value) == said
+
+    told(tmp_path / ("x" * 300), errno.ENAMETOOLONG)
+    with pytest.raises(BadInputError, match=r"cannot write in .*: Not a directory"):
+        refuse_held(tmp_path / "file")
+
+    def refusing(call):
+        def inner(path, *given, **more):
+            if path == tmp_path / ".lock":
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return call(path, *given, **more)
+
+        return inner
+
+    with monkeypatch.context() as patch:  # as for those who are no administrators; these may look everywhere
+        patch.setattr(os, "open", refusing(os.open))
+        patch.setattr(os, "stat", refusing(os.stat))
+        told(tmp_path, errno.EACCES)
+
+
+def test_one_that_only_looks_leaves_a_disk_without_locks_alone(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    refuse_held(tmp_path)
+
+
 @pytest.mark.parametrize("said", ["", "{", "[]", '{"pid": "\\u001b[31m7"}', "\x00\xff"])
 def test_a_holder_whose_file_says_nothing_of_use(tmp_path, said, monkeypatch):
     monkeypatch.setattr(locks, "_PAUSE", 0)
