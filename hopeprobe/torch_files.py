@@ -272,7 +272,7 @@ def _counted(opcode: bytes, part: slice) -> Callable[[Any], None]:
     run: Any = pickle._Unpickler.dispatch[opcode[0]]
 
     def count_and_run(scan: _Scan) -> None:
-        scan.count(scan.stack[part])
+        scan.count(scan.stack[part], texts=opcode == pickle.REDUCE)
         run(scan)
 
     return count_and_run
@@ -315,12 +315,15 @@ class _Scan(pickle._Unpickler):
             self.refused.append(f"{module}.{name}"[:100])
         return type("Named", (_Inert,), {"name": name})
 
-    def count(self, values: Iterable[object]) -> None:
-        """Count the values and all in them, what is shared each time. Raises `BadInputError` where that is no end."""
+    def count(self, values: Iterable[object], texts: bool = False) -> None:
+        """Count the values and all in them, what is shared each time. Raises `BadInputError` where that is no end.
+
+        texts: each counts as long as it is, as a call (`_codecs.encode`) may copy it.
+        """
         stack, most = [iter(values)], _SMALL + _MOST_USES * self.file.tell()
         while stack:
             for value in stack[-1]:
-                self.uses += 1
+                self.uses += 1 + (len(value) if texts and isinstance(value, str | bytes) else 0)
                 inside = value.parts if isinstance(value, _Inert) else value
                 if isinstance(inside, dict | tuple | list | set | frozenset):
                     stack.append(iter(inside.items() if isinstance(inside, dict) else inside))
@@ -328,7 +331,7 @@ class _Scan(pickle._Unpickler):
             else:
                 stack.pop()
             if self.uses > most:
-                raise BadInputError(f"its keys and arguments hold more than {most} values")
+                raise BadInputError(f"its keys and arguments hold more than {most} values and letters")
             if len(stack) > _MOST_DEPTH:
                 raise BadInputError(f"a key or an argument in it lies more than {_MOST_DEPTH} deep in itself")
 

@@ -154,6 +154,20 @@ def test_a_storage_without_a_name(path):
         refused(path, "a storage without a name")
 
 
+def test_a_text_that_calls_copy_many_times(path):
+    """40 kB encoded 200 times: 8 MB of a file of 46 kB. Encoded once, as torch does with bytes, it is read."""
+    torch.save({}, path)
+    encode, named = b"c_codecs\nencode\n", text(b"latin1") + b"\x86R"
+    once = text(b"a" * 40_000) + b"q\0"
+    for times, said in ((1, None), (200, "hold more than")):
+        code = b"\x80\x02" + once + b"](" + (encode + b"h\0" + named) * times + b"e."
+        repacked(path, lambda name, content, p=code: p if name.endswith("data.pkl") else content)
+        if said is None:
+            assert read_torch(path) == [b"a" * 40_000]
+        else:
+            refused(path, said)
+
+
 def test_what_is_hashed_or_printed_without_end(tmp_path):
     """Each in a second of its own: the process is ended otherwise, for Python cannot leave a hash."""
     start = [pickle.dumps(one, 2) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
