@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hopeprobe.stats import GroupedMoments, Moments
+    from hopeprobe.stats import GroupedMoments, Moments, Verdict
     from hopeprobe.stats.arrays import BoolArray, FloatArray
     from hopeprobe.subject import Subject, WindowLosses
     from hopeprobe.tokens import EvalBatch, EvalWindows, Unigram
@@ -109,7 +109,8 @@ def condition(cell: Cell) -> Condition:
 def still(writes: str) -> Condition:
     """The mechanism written by no token, the others as in the cells that it is compared with."""
     closed = frozen(None if writes == "all" else writes)
-    return dataclasses.replace(closed, name=f"{writes}: nothing", exact=True)
+    everything = condition(Cell(EVERYTHING, writes, 1.0))  # not the model's own gate, which may write less
+    return dataclasses.replace(everything, name=f"{writes}: nothing", hooks=closed.hooks)
 
 
 class Prepared(NamedTuple):
@@ -220,6 +221,10 @@ class GatedLosses(Accumulator):
             compared = functools.partial(kept_less_dropped, of=k)
             rows.append(OfGate(cell.place(statistic), unit, compared, kept, bounds, effect, condition=where))
         return rows
+
+    def remarks(self) -> dict[Place, tuple[Verdict | None, str]]:
+        """`no-signal` of what is kept where all or no tokens are written, and where too few are for an interval."""
+        return {row.place: row.indecision() for row in self.quantities() if isinstance(row, OfGate)}
 
     def _of(self, name: str) -> functools.partial[tuple[GroupedMoments, ...]]:
         return functools.partial(all_of, (self.moments[name],))

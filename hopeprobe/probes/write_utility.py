@@ -222,7 +222,11 @@ def _oracle(
     tokens, lengths = as_tensors(batch)
     length = int(lengths[0])
     candidates = np.flatnonzero(valid)
-    if not len(candidates):
+    if not len(
+        candidates
+    ):  # a window of one tick: each window has a reading, of no tokens where there is none
+        for budget in budgets:
+            yield budget, Reading(0.0, 0)
         return
     # Of the window alone, so that the same tokens draw the same lot in any batch and on any model.
     drawn = np.random.default_rng(batch.tokens[0, : length + 1]).permutation(candidates)

@@ -1,9 +1,11 @@
 """The probe of gate rules: finds the rule that must win, calls none where none may, and says what it measured."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
+import torch
 from planted_gates import CONTEXT, GATE, TICK, VOCAB, Planted, carriers, exchangeable, text, unrelated
 
 from hopeprobe.analysis import analyze
@@ -12,12 +14,24 @@ from hopeprobe.errors import BadInputError
 from hopeprobe.model.config import ModelConfig
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.subject import HopeSubject
-from hopeprobe.probes.gated import Cell, area_weights, cells_of, gate_of, less_random, prepare
+from hopeprobe.probes.gated import (
+    Cell,
+    GatedLosses,
+    Prepared,
+    area_weights,
+    cells_of,
+    gate_of,
+    less_random,
+    prepare,
+    still,
+)
 from hopeprobe.probes.relative_surprise import BEATS, LOSES, NOT_TOLD, RelativeSurprise
-from hopeprobe.probes.write_utility import _correlated, of_sample, utilities
-from hopeprobe.stats import GroupedMean
+from hopeprobe.probes.sample import sampled as sampled_windows
+from hopeprobe.probes.write_utility import _correlated, _read, of_sample, utilities
+from hopeprobe.stats import GroupedMean, Verdict
 from hopeprobe.subject import GateRule, load
 from hopeprobe.tokens import EvalWindows
+from hopeprobe.tokens.windows import EvalBatch
 
 FEW = RelativeSurprise(budgets=(0.25, 0.1), rules=("quantile", "zscore", "momentum"), sample=False)
 
@@ -228,12 +242,79 @@ def test_every_rule_can_be_run(toy_run, toy_data):
     assert (subject.run(*as_tensors(batch)).losses == before).all()
 
 
+@pytest.mark.parametrize("writes", ["selfmod", "cms"])
+def test_nothing_written_is_beside_the_others_written_by_every_token(toy_run, toy_data, writes):
+    """Whatever the model's own gate lets pass: it is the end of the curve that starts with everything written."""
+    subject = load(toy_run / "step-000040.pt")
+    batch = next(iter(EvalWindows(toy_data, "all", context=32, tokens=128)))
+    closed = subject.with_gate(GateRule("absolute", threshold=1e6))
+
+    def losses(model):
+        condition = still(writes)
+        with model.module.hooks(condition.hooks(model, Prepared(None, None), batch)):
+            return condition.run(model, Prepared(None, None), batch).losses
+
+    assert torch.equal(losses(closed), losses(subject)), "the threshold of 0.02 nats is below every loss"
+    assert not torch.equal(losses(closed), closed.run(*as_tensors(batch)).losses), (
+        "where the others write nothing"
+    )
+
+
+def test_a_gate_that_never_or_hardly_opens_decides_nothing():
+    """What it keeps is compared with what it drops: of no tokens, or of those of three groups, nothing is told."""
+    rng = np.random.default_rng(0)
+    batch = EvalBatch(
+        rng.integers(0, 500, size=(64, 129)), np.full(64, 128), np.arange(64), np.arange(64), np.zeros(64, int),
+        np.arange(64),
+    )  # fmt: skip
+
+    def remarks(gate):
+        made = GatedLosses(Cell("absolute", "all", 0.05), ["g"], None, describes=True)
+        shown = {"g": torch.from_numpy(gate.astype(float))}
+        made.update(shown, torch.zeros(64, 128), torch.ones(64, 128, dtype=torch.bool), batch)
+        rows = {row.place: row for row in made.measurements()}
+        assert set(made.remarks()) <= set(rows)
+        return {place.statistic: (rows[place].override, why) for place, (_, why) in made.remarks().items()}
+
+    few = np.where(np.arange(64)[:, None] < 3, rng.random((64, 128)) < 0.9, False)
+    for gate, verdict, why in (
+        (np.zeros((64, 128)), Verdict.NO_SIGNAL, "never opens"),
+        (np.ones((64, 128)), Verdict.NO_SIGNAL, "never closes"),
+        (few, Verdict.INCONCLUSIVE, "an interval needs"),
+        (rng.random((64, 128)) < 0.05, None, ""),
+    ):
+        found = remarks(gate)
+        assert set(found) == {"gate_entropy", "position_difference", "repeat_difference"}, found
+        for override, said in found.values():
+            assert override is verdict
+            assert why in said
+
+
+def test_every_window_has_a_reading_of_the_oracle(toy_run, toy_data):
+    """One of a tick's tokens has no candidates: without a reading of its own, others would slip into its place."""
+    subject = load(toy_run / "step-000040.pt")
+    whole = sampled_windows(EvalWindows(toy_data, "all", context=32, tokens=None), 0)[:3]
+    tick = subject.tick
+    short = [
+        dataclasses.replace(b, tokens=b.tokens[:, : tick + 1], lengths=np.array([tick])) for b in whole[1:2]
+    ]
+    windows = EvalWindows(toy_data, "all", context=32, tokens=512)
+    found = _read((0.25,), windows, subject, [whole[0], *short, whole[2]])
+    oracle = [readings for place, readings in found.items() if place.statistic == "oracle_difference"]
+    assert oracle
+    assert all([reading.tokens > 0 for reading in readings] == [True, False, True] for readings in oracle)
+
+
 def test_a_window_of_one_tick_says_nothing_of_utility(toy_run, toy_data):
     """No token there has a later one: its window is left out, and not a warning."""
     subject = load(toy_run / "step-000040.pt")
     windows = EvalWindows(toy_data, "all", context=32, tokens=5)
     found = of_sample(subject, None, windows, (0.25,))
-    assert {f.measurement.place.statistic for f in found} == {"utility_correlation", "overlap"}
+    assert {f.measurement.place.statistic for f in found} == {
+        "utility_correlation",
+        "oracle_difference",
+        "overlap",
+    }
     for finding in found:
         if finding.measurement.place.statistic == "utility_correlation":
             assert math.isnan(finding.measurement.estimate.value)
