@@ -360,11 +360,13 @@ class _Run:
         return prefix, fresh
 
     def _judge(self, probe: Probe, findings: Iterable[Finding]) -> None:
-        """Apply the rule, per statistic and condition, and append the rows."""
-        together: dict[tuple[str, str], list[Finding]] = {}
+        """Apply the rule to all rows of a statistic together, whatever their conditions, and append the rows.
+
+        A contrast has its conditions in its name: by condition each would be a family of one.
+        """
+        together: dict[str, list[Finding]] = {}
         for finding in findings:
-            row = finding.measurement
-            together.setdefault((row.place.statistic, row.condition), []).append(finding)
+            together.setdefault(finding.measurement.place.statistic, []).append(finding)
         for family in together.values():
             evidence = [
                 Evidence(

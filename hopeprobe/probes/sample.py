@@ -25,6 +25,7 @@ import numpy as np
 from hopeprobe.errors import MeasurementError
 from hopeprobe.stats import MIN_GROUPS, FreshInit, GroupedMean, Verdict, jackknife, mean_of, paired_difference
 from hopeprobe.stats.jackknife import UNBOUNDED
+from hopeprobe.subject import MissingCapability
 from hopeprobe.tokens.windows import EvalBatch
 
 from .base import Finding, Measurement, NullValue, Place
@@ -125,7 +126,10 @@ def findings(
             notes.append(f"own-init: {own.absent or 'it is not defined there'}")
         else:
             nulls.append(NullValue("own-init", start.value, start.ci_low, start.ci_high, start.n))
-            difference = paired_difference(estimate, start) if math.isfinite(estimate.value) else None
+            try:
+                difference = paired_difference(estimate, start) if math.isfinite(estimate.value) else None
+            except MeasurementError as error:  # a window in which one of the two is not defined
+                notes.append(f"not comparable with own-init: {error}")
         values = [_value(one.read.get(place, ()), group, kind) for one in others]
         value = _value(readings[:n_few], group, kind)
         if values and np.isfinite([*values, value]).all():
@@ -165,7 +169,10 @@ def _untrained(
         tokens = hashlib.sha256(
             b"".join(b.tokens.tobytes() + b.lengths.tobytes() for b in batches)
         ).hexdigest()
-        identity = json.dumps(dict(model.identity()), sort_keys=True, default=str)
+        try:
+            identity = json.dumps(dict(model.identity()), sort_keys=True, default=str)
+        except MissingCapability:  # and so it is not kept
+            return _Untrained(read(model, batches))
         key = (read, tokens, identity, weights_digest(model), type(model), type(model.module))
         if key not in _kept:
             while len(_kept) >= _MOST_KEPT:

@@ -178,7 +178,7 @@ def _undecidable(row: Evidence) -> tuple[Verdict, str] | None:
         return Verdict.INCONCLUSIVE, f"only {n_groups} groups of documents, an interval needs {MIN_GROUPS}"
     if own is None and row.fresh is None:
         return Verdict.INCONCLUSIVE, "no null: neither own-init weights nor fresh re-initialisations"
-    if not math.isfinite((own or estimate).se):
+    if not (math.isfinite((own or estimate).se) and math.isfinite(estimate.ci_low)):
         return Verdict.INCONCLUSIVE, "no interval: the statistic is not defined without one of the groups"
     return None
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import hopeprobe
+from hopeprobe import analysis
 from hopeprobe.analysis import analyze, missing_from
 from hopeprobe.conditions import LIVE
 from hopeprobe.errors import BadInputError, MeasurementError
@@ -18,7 +19,7 @@ from hopeprobe.nulls import fresh_seeds
 from hopeprobe.probes.base import Accumulator, Finding, Measurement, Place, Probe, Quantity
 from hopeprobe.probes.integrity import Integrity
 from hopeprobe.results import Results
-from hopeprobe.stats import FreshInit, GroupedMean, Verdict, jackknife, mean_of, paired_difference
+from hopeprobe.stats import FreshInit, GroupedMean, Verdict, jackknife, judge, mean_of, paired_difference
 from hopeprobe.subject import MissingCapability, load
 
 BOTH = ("integrity", "cms-similarity")  # not "all": other probes have tests of their own
@@ -79,6 +80,31 @@ def test_a_model_of_another_seed_is_hardly_ever_learned(subject_of, settings):
         verdicts += list(frame.verdict)
     assert len(verdicts) == 120
     assert verdicts.count("learned") <= 0.05 * len(verdicts)
+
+
+def test_contrasts_of_a_statistic_are_one_family(subject, monkeypatch):
+    """Each has its two conditions in its name: by condition every one would be a family of its own, and q be p."""
+    rng, families = np.random.default_rng(0), []
+    monkeypatch.setattr(
+        analysis, "judge", lambda rows, effects: families.append(len(rows)) or judge(rows, effects)
+    )
+    run = analysis._Run.__new__(analysis._Run)
+    run.subject, run.label, run.rows, run.null_rows = subject, "c", [], []
+
+    def finding(k):
+        one, other = GroupedMean(), GroupedMean()
+        for moments in (one, other):
+            moments.update(rng.normal(size=(64, 1)), np.ones((64, 1), bool), np.arange(64))
+        here = jackknife(mean_of, one)
+        place = Place("loss_change", component=f"level{k}")
+        row = Measurement(place, f"live - ablated:level{k}", "nats", here, 0.01)
+        return Finding(
+            row, paired_difference(here, jackknife(mean_of, other)), FreshInit((0.0, 0.1), here.value)
+        )
+
+    run._judge(Integrity(), [finding(k) for k in range(10)])
+    assert families == [10]
+    assert any(row.q > row.p for row in run.rows)
 
 
 def test_no_interval_no_claim(toy_run, settings):

@@ -193,6 +193,26 @@ def test_a_model_that_is_its_own_start_is_read_as_it_is_now(model_of, found_for)
     assert read.calls == 5, "the checkpoint and four fresh ones"
 
 
+def test_a_window_that_one_model_alone_has_a_value_for_takes_no_other_statistic_along(model_of):
+    other = Place("other")
+
+    def read(subject, batches):
+        rows = [row for b in batches for row in zip(b.document, b.lengths, strict=True)]
+        level = float(subject.module.norm.bias.detach()[0])
+        readings = [Reading(level + math.sin(d), int(n)) for d, n in rows]
+        holed = [Reading(0.0, 0) if i == 5 and level > 1 else one for i, one in enumerate(readings)]
+        return {PLACE: holed, other: readings}
+
+    batches, subject = sampled(windows_of((80, 70, 50, 75) * 20), 0), model_of(2.0)
+    here = read(subject, batches)
+    holed, whole = findings(here, KINDS | {"other": Kind("1", 0.1)}, subject, model_of(0.5), batches, read)
+    assert holed.difference is None
+    assert holed.override is Verdict.INCONCLUSIVE
+    assert "not comparable with own-init: a paired difference needs the same tokens" in holed.note
+    assert whole.difference.value == pytest.approx(1.5)
+    assert whole.override is None
+
+
 def test_a_statistic_that_is_defined_nowhere_is_nan(model_of, found_for):
     def read(subject, batches):
         return {PLACE: [Reading(0.0, 0) for _ in batches]}

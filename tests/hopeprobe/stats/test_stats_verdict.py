@@ -53,6 +53,17 @@ def test_a_planted_effect_is_learned():
     assert judgement.note == ""
 
 
+def test_a_row_that_claims_no_interval_is_not_decided_by_its_difference():
+    row = evidence(5.0)
+    row = dataclasses.replace(
+        row, estimate=dataclasses.replace(row.estimate, ci_low=math.nan, ci_high=math.nan)
+    )
+    judgement = verdict(row)
+    assert judgement.verdict is Verdict.INCONCLUSIVE
+    assert math.isnan(judgement.p)
+    assert judgement.note.startswith("no interval")
+
+
 def test_p_is_the_larger_of_both_tests():
     row = evidence(5.0)
     t = (5.0 - 0.0) / (np.std([-0.1, 0.0, 0.1], ddof=1) * math.sqrt(1 + 1 / 3))
