@@ -60,11 +60,14 @@ def check_subject(subject: MappedSubject) -> None:
 def _check_causal(subject: MappedSubject, tokens: Tensor, logits: Tensor, near: float) -> None:
     told, half = subject.module.spec.told, tokens.shape[1] // 2
     other = (tokens + 1) % subject.vocab_size
-    later = torch.cat([tokens[:, :half], other[:, half:]], dim=1)
-    if not _close(subject.read(later)[:, :half], logits[:, :half], near):
-        raise BadInputError(
-            f"{told}: logits change with tokens that come later, so losses would be those of a model that looks ahead"
-        )
+    # Half of a window is where a chunk ends: what a chunk tells its own beginning shows from its last token alone.
+    for first in (half, tokens.shape[1] - 1):
+        later = torch.cat([tokens[:, :first], other[:, first:]], dim=1)
+        if not _close(subject.read(later)[:, :first], logits[:, :first], near):
+            raise BadInputError(
+                f"{told}: logits change with tokens that come later, so losses would be those of a model that looks "
+                "ahead"
+            )
     beside = torch.cat([tokens[:1], other[1:]])
     if not _close(subject.read(beside)[:1], logits[:1], near):
         raise BadInputError(

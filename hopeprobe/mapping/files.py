@@ -40,11 +40,15 @@ def read_content(path: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Build:
-    """What makes a model: `make(**arguments)`; told: what messages call it."""
+    """What makes a model: `make(**arguments)`; told: what messages call it.
+
+    known: whether that is all there is to say of it, as of what a map names; not of a callable that somebody gave.
+    """
 
     make: Callable[..., Any]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     told: str = "build"
+    known: bool = False
 
     def __call__(self) -> nn.Module:
         """A model with fresh weights. Raises BadInputError for what the callable raises, or gives in place of one."""
@@ -70,7 +74,7 @@ def built(spec: Map, content: Mapping[str, Any], path: Path) -> tuple[nn.Module,
         where, arguments = arguments, looked_up(content, arguments, f"{path}, as {told} wants its arguments")
         if not isinstance(arguments, Mapping) or not all(isinstance(k, str) for k in arguments):
             raise BadInputError(f"{path}: {where!r} is a {type(arguments).__name__}, not keyword arguments")
-    build = Build(make, arguments, f"{told}: {model['build']}")
+    build = Build(make, arguments, f"{told}: {model['build']}", known=True)
     with torch.random.fork_rng(devices=[]):
         inner = build()
     _load(inner, spec, content, path)

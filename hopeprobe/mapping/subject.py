@@ -183,8 +183,11 @@ class MappedSubject(Subject):
     def identity(self) -> Mapping[str, Any]:
         """The map, what the model was built with, and digests of its code and of its modules' settings.
 
-        Raises MissingCapability where some of the code is in no file: nothing would tell another version from it.
+        Raises MissingCapability where some of the code is in no file, and of a `build` that is no map's: nothing would
+        tell another version from it, or what it was given (a partial's arguments, a closure's, a script's).
         """
+        if self._build is not None and not self._build.known:
+            raise self._missing("`build` of a map: what else a callable makes models of is not known")
         code = code_of(self.module.inner, self._build.make if self._build else None)
         if code is None:
             raise self._missing("code in files: some of its modules were defined in memory")
@@ -203,12 +206,17 @@ class MappedSubject(Subject):
         return self
 
     def reinitialised(self, seed: int) -> MappedSubject:
-        """A model built anew."""
+        """A model built anew.
+
+        Raises MissingCapability where the map has no `build`, or one that gives the same weights whatever the seed.
+        """
         if self._build is None:
             raise self._missing("way to be built again: the map has no `build`")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            inner = self._build()
+        inner, other = (_built_with(self._build, each) for each in (seed, seed + 1))
+        if inner is other or _same_weights(inner, other):
+            raise self._missing(
+                "fresh weights: `build` gives the same ones whatever torch's seed, or seeds itself"
+            )
         told = f"{self.module.spec.told} (initial weights, seed {seed})"
         fresh = MappedSubject(inner.to(self.device), self.module.spec, name=told, build=self._build)
         fresh.trained_steps, fresh.seed = 0, seed
@@ -227,7 +235,8 @@ class MappedSubject(Subject):
         if not file.is_file():
             raise self._missing(f"initial weights: {file} is not there")
         found = self.sibling(file)
-        if found.trained_steps:
+        # Of a map that says the number itself, each file would have it.
+        if isinstance(self.module.spec.model.get("steps"), str) and found.trained_steps:
             raise self._missing(f"initial weights: {file} says step {found.trained_steps}")
         if (
             found._build is not None
@@ -254,6 +263,17 @@ class MappedSubject(Subject):
         if self.path is None:
             raise self._missing("training record")
         return {"steps": self.trained_steps, "keys": len(self.module.inner.state_dict())}
+
+
+def _built_with(build: Build, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def _set_to(number: float, tensor: Tensor, hook: HookPoint) -> Tensor:  # noqa: ARG001

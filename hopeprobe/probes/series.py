@@ -15,6 +15,7 @@ to this one is read once, by whichever probe asks first; three models are in mem
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -184,7 +185,8 @@ def _run_of(subject: Subject, initial: Subject | None = None) -> dict[str, Any]:
     if isinstance(data, dict) and "fingerprint" in data:
         run["data"] = data["fingerprint"]
     run["initial weights"] = told.get("init_digest") or _digest(initial or subject.own_init())
-    run["configuration"] = subject.identity()
+    with contextlib.suppress(MissingCapability):
+        run["configuration"] = subject.identity()
     return run
 
 

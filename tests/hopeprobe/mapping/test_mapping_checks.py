@@ -17,6 +17,15 @@ class LooksAhead(Model):
         return {"logits": out["logits"] + 1e-2 * self.head(self.embed(tokens).mean(1, keepdim=True))}
 
 
+class LooksAheadInItsChunk(Model):
+    """As a memory that writes a chunk and reads it then: what comes in later chunks is not seen."""
+
+    def forward(self, tokens):
+        out, seen = super().forward(tokens), self.embed(tokens)
+        ends = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in seen.split(4, dim=1)], dim=1)
+        return {"logits": out["logits"] + 1e-2 * self.head(ends)}
+
+
 class MixesRows(Model):
     def forward(self, tokens):
         out = super().forward(tokens)
@@ -43,6 +52,7 @@ class Sums(Model):
     ("kind", "message"),
     [
         (LooksAhead, "logits change with tokens that come later"),
+        (LooksAheadInItsChunk, "logits change with tokens that come later"),
         (MixesRows, "a row's logits change with the other row of its batch"),
         (Noisy, "other logits of the same tokens each time"),
         (Twice, "hook_fast_w: 5 writes of 8 tokens, and a period of 4 makes 2"),

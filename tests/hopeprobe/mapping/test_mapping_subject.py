@@ -128,6 +128,26 @@ def test_a_module_in_memory_has_what_it_is_given(model, edited):
     assert not torch.equal(a.module.inner.head.weight, whole.reinitialised(2).module.inner.head.weight)
 
 
+def test_a_build_that_seeds_itself_makes_no_fresh_models(model, edited):
+    """Ten models alike would have no spread, and anything would differ from them."""
+
+    def seeded():
+        torch.manual_seed(0)
+        return Model()
+
+    for build in (seeded, lambda: model):
+        subject = subject_of(model, edited("model", "context", 16), build=build)
+        with pytest.raises(MissingCapability, match="`build` gives the same ones whatever torch's seed"):
+            subject.reinitialised(1)
+
+
+def test_what_a_callable_makes_has_no_identity_and_what_a_map_names_has(model, edited, run, of_files):
+    """Nulls of partial(make, 1) would pass for those of partial(make, 2)."""
+    with pytest.raises(MissingCapability, match="`build` of a map"):
+        subject_of(model, edited("model", "context", 16), build=Model).identity()
+    assert load_mapped(run / "step-60.pt", of_files).identity()["code"]
+
+
 def test_the_gradient_is_that_of_the_module(model, edited):
     subject = subject_of(model, edited("model", "context", 16))
     tokens = torch.randint(23, (2, 17))
@@ -233,6 +253,13 @@ def test_safetensors_too(run, of_files, tmp_path):
     subject = load_mapped(file, of_files)
     assert subject.trained_steps == 60
     assert torch.equal(subject.module.inner.head.bias, weights["_orig_mod.head.bias"])
+    # A number is each file's: the one that is said to be initial is so all the same.
+    of_files["model"] |= {"initial": "first.safetensors"}
+    first = torch.load(run / "step-0.pt", weights_only=True)["weights"]
+    save_file({name: t.contiguous() for name, t in first.items()}, tmp_path / "first.safetensors")
+    own = load_mapped(file, of_files).own_init()
+    assert own.trained_steps == 0
+    assert torch.equal(own.module.inner.head.bias, first["_orig_mod.head.bias"])
 
 
 class Bomb:
