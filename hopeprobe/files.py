@@ -144,7 +144,7 @@ def append_record(file: BinaryIO, record: bytes) -> None:
     The beginning of a line that a killed process left is cut off: the record would become the rest of it.
     """
     with _alone(file):
-        append_whole(file, _mend(file) + record + b"\n")
+        append_whole(file, _mend(file, record.partition(b":")[0]) + record + b"\n")
 
 
 @contextlib.contextmanager
@@ -163,10 +163,11 @@ def _alone(file: BinaryIO) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _mend(file: BinaryIO) -> bytes:
+def _mend(file: BinaryIO, key: bytes) -> bytes:
     """Cut off the beginning of a record that ends a file, and give what must come before the next. Raises OSError.
 
-    That is the end of its line, where it is a whole record, or no record at all: a file named by mistake loses nothing.
+    That is the end of its line, where it is a whole record, or none that begins as all do, with `key`: a file named by
+    mistake loses nothing.
     """
     size = os.fstat(file.fileno()).st_size  # 0 for a pipe, which cannot be read
     start, tail = size, b""
@@ -175,8 +176,10 @@ def _mend(file: BinaryIO) -> bytes:
         file.seek(start)
         tail = file.read()
     left = tail[tail.rfind(b"\n") + 1 :]
-    if not left.startswith(b"{"):
-        return b"\n" if left else b""
+    if not left:
+        return b""
+    if not left.startswith(key) and not key.startswith(left):
+        return b"\n"
     try:
         parse_json(left.decode(), special=True)
     except ValueError:

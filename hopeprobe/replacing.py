@@ -36,7 +36,7 @@ _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EA
 def hidden(target: Path) -> Path:
     """Where `replacing` writes what will be `target`: a new name beside it, of as many bytes each time."""
     name = target.name.encode(errors="replace")[:_LONGEST].decode(errors="ignore")
-    return target.with_name(f".{name}.{secrets.token_hex(4)}{_SUFFIX}")
+    return target.parent / f".{name}.{secrets.token_hex(4)}{_SUFFIX}"
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ alone: the default raises `MissingCapability`, and a probe that needs it answers
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class GateRule:
     budget: float | None = None
     threshold: float | None = None
     writes: str = "all"
+
+    def __post_init__(self) -> None:
+        """Raise BadInputError for a threshold that is not finite."""
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise BadInputError(f"the gate's threshold is {self.threshold!r}, must be finite")
 
 
 class Subject:

@@ -267,12 +267,24 @@ _COUNTED = {
 """Where on the stack an opcode finds keys, members of a set or arguments."""
 
 
+_CALLS = {pickle.REDUCE: -2, pickle.NEWOBJ: -2, pickle.NEWOBJ_EX: -3}
+"""Where on the stack is what a call calls."""
+
+
+def _is_attributes(state: object) -> bool:
+    return isinstance(state, dict) and all(type(name) is str for name in state)
+
+
 def _counted(opcode: bytes, part: slice) -> Callable[[Any], None]:
     """What an opcode does, once that part of the stack was counted."""
     run: Any = pickle._Unpickler.dispatch[opcode[0]]
 
     def count_and_run(scan: _Scan) -> None:
-        scan.count(scan.stack[part], texts=opcode == pickle.REDUCE)
+        if opcode in _CALLS and getattr(scan.stack[_CALLS[opcode]], "name", "") in _WIDTHS:
+            raise BadInputError("it makes room for a storage beside those that it has")
+        # Attributes by their names are put where they are; what else they are is counted where that is used.
+        if opcode != pickle.BUILD or not _is_attributes(scan.stack[-1]):
+            scan.count(scan.stack[part], texts=opcode == pickle.REDUCE)
         run(scan)
 
     return count_and_run

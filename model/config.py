@@ -50,9 +50,14 @@ def check_whole(most: int = _MOST, /, **values: object) -> None:
 
 
 def check_finite(config: object) -> None:
-    """Raise `BadInputError` for a number of a dataclass that is not finite: no document could hold it."""
+    """Raise `BadInputError` for a number of a dataclass that is not finite: no model could be read again that has one.
+
+    A threshold may be infinite: it closes a gate, or opens it, and there are models with such.
+    """
     for each in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, each.name)
+        if each.name == "surprise_threshold" and not math.isnan(value):
+            continue
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInputError(f"{each.name} is {value!r}, must be finite")
 

@@ -273,4 +273,4 @@ def _is_logarithmic(panel: _Panel, nulls: Nulls) -> bool:
         n.value for r in panel.rows for n in nulls.get(r.key, {}).values()
     ]
     values = [v for v in values if not math.isnan(v)]
-    return min(values) > 0 and math.log10(max(values) / min(values)) > _DECADES
+    return bool(values) and min(values) > 0 and math.log10(max(values) / min(values)) > _DECADES

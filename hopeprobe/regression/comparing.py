@@ -1,7 +1,7 @@
 """`check`: the numbers of other checkpoints set against a baseline, and what became of each.
 
     moved   its interval lies wholly outside the tolerance, or its mechanism is dead that was not: a regression
-    lost    a number in the baseline and none now
+    lost    a number in the baseline, and none now that can be compared
     same    neither: within what the tolerance and the noise allow
 
 One that is not in the baseline is named, and not checked.

@@ -131,7 +131,7 @@ def test_figures_and_tables_of_an_analysis(refused):
 @pytest.mark.parametrize("threshold", ["nan", "inf", "-inf"])
 def test_a_threshold(refused, command, threshold):
     given = ("--gate", "absolute", "--gate-threshold", threshold)
-    assert f"surprise_threshold is {threshold}, must be finite" in refused(*commands()[command], *given)
+    assert f"the gate's threshold is {threshold}, must be finite" in refused(*commands()[command], *given)
 
 
 @pytest.mark.parametrize("seed", [2**63, 2**64])

@@ -177,12 +177,18 @@ def test_a_record_is_a_line_of_its_own_wherever_a_kill_cut_the_last_one_off(tmp_
 @pytest.mark.parametrize("size", [1, 20, 300, 70_000])
 def test_the_beginning_of_the_first_record_is_cut_off_too(tmp_path, size):
     path = tmp_path / "log"
-    path.write_bytes((b'{"note": "' + b"x" * size)[:size])
+    path.write_bytes((b'{"step": 7, "note": "' + b"x" * size)[:size])
     add(path, FIRST)
     assert path.read_bytes() == FIRST + b"\n"
 
 
-@pytest.mark.parametrize("content", [b"PK\x05\x06\n\x00\x00", b'{\n "a": 1\n}', b"a note", b"\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x05\x06\n\x00\x00", b'{\n "a": 1\n}', b"a note", b"\n", b"{name: value}", b"# notes\n{{ template }}",
+        b'{"a": 1, "a": 2}', b'{"x": ' + b"[" * 300, b'{"caf\xe9": 1}', b"\\begin\n{\\bf all",
+    ],
+)  # fmt: skip
 def test_what_is_no_record_is_not_cut_off(tmp_path, content):
     """A file that was named by mistake."""
     path = tmp_path / "log"

@@ -165,6 +165,16 @@ def test_values_over_decades_have_a_logarithmic_axis_and_others_do_not(make):
     assert scale(0.5, 2.0) == "linear"
 
 
+def test_a_component_without_a_value_has_an_empty_panel(make):
+    measured, results_of = make
+    rows = [
+        measured(component=component, position=position, value=value)
+        for component, value in (("a", 0.5), ("b", math.nan))
+        for position in ("8", "16")
+    ]
+    assert draw(results_of(*rows), "demo-probe").png()
+
+
 def test_units_are_named(make):
     measured, results_of = make
     made = [measured(statistic="loss", unit="nats"), measured(statistic="ratio")]
