@@ -171,8 +171,9 @@ def load_tokens(
     """Tokens of `data`, from the cache where they are, else tokenised now and kept there.
 
     data: `builtin`, `openwebtext`, `hf:NAME[:COLUMN]`, paths of .txt, .jsonl, .parquet files, or several of
-    these. cache_dir: where tokens are kept (default `cache.default_cache_dir()`). max_tokens: stop there,
-    cutting the last document; by default files are read to the end and the hub to 20 million tokens. column:
+    these. cache_dir: where tokens are kept (default `cache.default_cache_dir()`). max_tokens: of all together; stop
+    there, cutting the last document; by default files are read to the end and each dataset of the hub to 20 million
+    tokens. column:
     the field with the text in .jsonl and .parquet files. progress: called while tokenising, not when the
     cache answers.
 
@@ -184,17 +185,17 @@ def load_tokens(
     if max_tokens is not None and max_tokens < 2:
         raise BadInputError(f"max_tokens is {max_tokens}; at least two tokens are needed")
     sources = open_sources(data, column=column)
-    limits = [source.default_limit for source in sources if source.default_limit is not None]
-    limit = max_tokens if max_tokens is not None else min(limits, default=None)
+    # Each source's own, or one for all of them.
+    limits = [source.default_limit if max_tokens is None else None for source in sources]
     name = _joined_name(sources)
     folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     keys = [source.key() for source in sources]
-    path = folder / f"{_cache_key(keys, tokenizer, limit)}.tokens"
+    path = folder / f"{_cache_key(keys, tokenizer, limits, max_tokens)}.tokens"
 
     def read_or_build() -> Stored:
         stored = _read_or_none(path, len(sources))
         if stored is None:
-            _build(path, sources, keys, name, tokenizer, limit, progress)
+            _build(path, sources, keys, name, tokenizer, limits, max_tokens, progress)
             stored = _read_or_none(path, len(sources))
         if stored is None:
             what = "is not what was just written to it; is the disk failing?"
@@ -232,7 +233,8 @@ def _build(
     keys: list[str],
     name: str,
     tokenizer: str,
-    limit: int | None,
+    limits: list[int | None],
+    max_tokens: int | None,
     progress: Progress | None,
 ) -> None:
     footer: dict[str, Any] = {"dropped": 0}
@@ -240,21 +242,25 @@ def _build(
 
     def encoded() -> Iterator[tuple[npt.NDArray[np.uint16], bool]]:
         n_documents = n_tokens = 0
-        for document in (document for source in sources for document in documents_of(source)):
-            ids = encode(document.text)
-            # A document cut by the limit stays in the split that the whole document belongs to.
-            held_out = is_held_out(ids)
-            if limit is not None:
-                ids = ids[: limit - n_tokens]
-            if len(ids) < 2:
-                footer["dropped"] += 1
-            else:
-                n_documents, n_tokens = n_documents + 1, n_tokens + len(ids)
-                yield ids, held_out
-                if progress is not None:
-                    progress(n_documents, n_tokens)
-            # One token more could not make a document.
-            if limit is not None and n_tokens > limit - 2:
+        for source, limit in zip(sources, limits, strict=True):
+            end = max_tokens if limit is None else n_tokens + limit
+            for document in documents_of(source):
+                ids = encode(document.text)
+                # A document cut by the limit stays in the split that the whole document belongs to.
+                held_out = is_held_out(ids)
+                if end is not None:
+                    ids = ids[: end - n_tokens]
+                if len(ids) < 2:
+                    footer["dropped"] += 1
+                else:
+                    n_documents, n_tokens = n_documents + 1, n_tokens + len(ids)
+                    yield ids, held_out
+                    if progress is not None:
+                        progress(n_documents, n_tokens)
+                # One token more could not make a document.
+                if end is not None and n_tokens > end - 2:
+                    break
+            if max_tokens is not None and n_tokens > max_tokens - 2:
                 break
         if n_documents == 0:
             raise BadInputError(f"{name}: {_TOO_SHORT}")
@@ -290,8 +296,10 @@ def _token_data(name: str, stored: Stored, sources: list[Source], tokenizer: str
     )
 
 
-def _cache_key(keys: list[str], tokenizer: str, limit: int | None) -> str:
-    parts = [tokenizer, limit, keys]
+def _cache_key(keys: list[str], tokenizer: str, limits: list[int | None], max_tokens: int | None) -> str:
+    # Of one source, or of several without limits of their own, as when there was one limit for all.
+    limit = max_tokens if len(keys) > 1 else max_tokens or limits[0]
+    parts = [tokenizer, limits if len(keys) > 1 and any(limits) else limit, keys]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 

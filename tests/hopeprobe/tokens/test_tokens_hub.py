@@ -6,7 +6,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from hopeprobe.errors import BadInputError
 from hopeprobe.tokens import load_tokens, open_sources, read_documents
-from hopeprobe.tokens.hub import DEFAULT_LIMIT
+from hopeprobe.tokens.hub import DEFAULT_LIMIT, HubSource
 
 
 class Hub:
@@ -136,3 +136,20 @@ def test_the_hub_is_read_up_to_a_limit_and_not_asked_again(hub: Hub, tmp_path):
 def test_without_a_limit_the_hub_has_one():
     (source,) = open_sources("openwebtext")
     assert source.default_limit == DEFAULT_LIMIT == 20_000_000
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_limit_of_the_hub_is_not_that_of_a_file_beside_it(hub: Hub, tmp_path, monkeypatch, first):
+    made = HubSource.__post_init__
+    monkeypatch.setattr(
+        HubSource, "__post_init__", lambda self: (made(self), setattr(self, "default_limit", 20))[0]
+    )
+    hub.answers = {None: ({"text": "a b c d e f g h"} for _ in range(1000))}
+    mine = tmp_path / "mine.txt"
+    mine.write_text("one document of my own\n" * 3)
+    given = ["hf:corpus", str(mine)] if first else [str(mine), "hf:corpus"]
+    data = load_tokens(given, cache_dir=tmp_path / "kept")
+    alone = load_tokens(str(mine), cache_dir=tmp_path / "kept")
+    of_hub, of_mine = [8, 8, 4], alone.lengths().tolist()
+    assert data.lengths().tolist() == (of_hub + of_mine if first else of_mine + of_hub)
+    assert len(load_tokens(given, cache_dir=tmp_path / "kept", max_tokens=10).tokens) == 10, "of all together"
