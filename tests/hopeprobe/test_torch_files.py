@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from hopeprobe.errors import BadInputError
 from hopeprobe.torch_files import read_torch
@@ -152,6 +153,27 @@ def test_a_storage_without_a_name(path):
         pickled = b"\x80\x02" + given + b"."
         repacked(path, lambda name, content, p=pickled: p if name.endswith("data.pkl") else content)
         refused(path, "a storage without a name")
+
+
+def test_a_pickle_that_makes_a_storage_itself(path):
+    """Of ten petabytes: torch would ask for them, and say that memory is short."""
+    torch.save({}, path)
+    asked = (10**16).to_bytes(8, "little")
+    code = b"\x80\x02ctorch.storage\nUntypedStorage\n\x8a\x08" + asked + b"\x85R."
+    repacked(path, lambda name, content: code if name.endswith("data.pkl") else content)
+    refused(path, "it makes room for a storage")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_metadata_that_many_dictionaries_share(path, old):
+    """As parts of one model's weights have it: it is no key and no argument of any."""
+    whole = nn.Sequential(*(nn.Linear(1, 1) for _ in range(300))).state_dict()
+    parts = []
+    for _ in range(300):
+        parts.append(OrderedDict((name, 0) for name in list(whole)[:3]))
+        parts[-1]._metadata = whole._metadata
+    torch.save(parts, path, _use_new_zipfile_serialization=not old)
+    assert read_torch(path) == parts
 
 
 def test_a_text_that_calls_copy_many_times(path):

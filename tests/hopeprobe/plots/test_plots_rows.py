@@ -168,7 +168,7 @@ def test_values_over_decades_have_a_logarithmic_axis_and_others_do_not(make):
 def test_a_component_without_a_value_has_an_empty_panel(make):
     measured, results_of = make
     rows = [
-        measured(component=component, position=position, value=value)
+        measured(component=component, position=position, value=value, nulls={})
         for component, value in (("a", 0.5), ("b", math.nan))
         for position in ("8", "16")
     ]
