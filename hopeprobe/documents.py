@@ -70,7 +70,9 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, 
             line = content.decode()
             record = parse_json(line, special=True)
         except ValueError as error:
-            if number == len(lines) and not whole:
+            # What was cut off within a character is not what is no UTF-8 at all.
+            cut = not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data"
+            if cut and number == len(lines) and not whole:
                 return
             raise ValueError(f"line {number}: {error}") from None
         if not isinstance(record, dict):

@@ -54,6 +54,15 @@ def test_lines_are_those_of_the_file_and_only_the_last_may_be_cut_off(tmp_path):
             list(read_records(path))
 
 
+@pytest.mark.parametrize("content", [b"\xc0\xfe", b'{"a": 1}\n\xff\xfe{', b'{"a": 1}\n{"b": "\xe9"}'])
+def test_what_is_no_text_is_not_taken_for_cut_off(tmp_path, content):
+    """In another encoding, say: nothing of it would be read, and nobody told."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"line \d: 'utf-8' codec can't decode"):
+        list(read_records(path))
+
+
 def test_a_file_that_is_cut_off_anywhere_loses_the_last_line_alone(tmp_path):
     path = tmp_path / "a.jsonl"
     first, last = b'\xef\xbb\xbf{"a": "\xc3\xa4"}\n', '{"b": "ä€😀"}'.encode()
