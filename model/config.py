@@ -49,16 +49,13 @@ def check_whole(most: int = _MOST, /, **values: object) -> None:
             )
 
 
-def check_finite(config: object) -> None:
-    """Raise `BadInputError` for a number of a dataclass that is not finite: no model could be read again that has one.
-
-    A threshold may be infinite: it closes a gate, or opens it, and there are models with such.
-    """
+def check_finite(config: object, infinite: str = "") -> None:
+    """Raise `BadInputError` for a number of a dataclass that is not finite; the one called `infinite` may be that."""
     for each in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, each.name)
-        if each.name == "surprise_threshold" and not math.isnan(value):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not (
+            math.isfinite(value) or (math.isinf(value) and each.name == infinite)
+        ):
             raise BadInputError(f"{each.name} is {value!r}, must be finite")
 
 
@@ -272,7 +269,9 @@ class ModelConfig:
             raise BadInputError(
                 f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
             )
-        check_finite(self)
+        check_finite(
+            self, infinite="surprise_threshold"
+        )  # which closes the gate, or opens it: there are such models
         self._check_gate()
 
     def _check_gate(self) -> None:

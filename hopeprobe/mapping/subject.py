@@ -57,6 +57,7 @@ class MappedSubject(Subject):
         self.tick = self.module.tick
         self.name, self.path = name, path
         self._content, self._initial, self._build = content or {}, initial, build
+        self._builds_vary = False  # seen that another seed builds other weights
         self.trained_steps = stated(self._content, model.get("steps"), told, "steps")
         self.seed = stated(self._content, model.get("seed"), told, "seed")
         first = next(inner.parameters(), None)
@@ -212,11 +213,14 @@ class MappedSubject(Subject):
         """
         if self._build is None:
             raise self._missing("way to be built again: the map has no `build`")
-        inner, other = (_built_with(self._build, each) for each in (seed, seed + 1))
-        if inner is other or _same_weights(inner, other):
-            raise self._missing(
-                "fresh weights: `build` gives the same ones whatever torch's seed, or seeds itself"
-            )
+        inner = _built_with(self._build, seed)
+        if not self._builds_vary:  # seen once: a model takes time to build
+            other = _built_with(self._build, seed + 1)
+            if inner is other or _same_weights(inner, other):
+                raise self._missing(
+                    "fresh weights: `build` gives the same ones whatever torch's seed, or seeds itself"
+                )
+            self._builds_vary = True
         told = f"{self.module.spec.told} (initial weights, seed {seed})"
         fresh = MappedSubject(inner.to(self.device), self.module.spec, name=told, build=self._build)
         fresh.trained_steps, fresh.seed = 0, seed

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hopeprobe.stats.arrays import FloatArray
 
 IN_USE = "in use"
+AT = "tau="  # and a threshold: what a gate would be that has it
 RATE_EFFECT = 0.05  # of all tokens
 SHARE = (0.0, 1.0)
 
@@ -89,7 +90,7 @@ class OfGate(Quantity):
         """Say what leaves the rule nothing to decide."""
         moments = self._moments()
         kept, n = int(kept_tokens(moments, self.column).sum()), int(moments.n.sum())
-        which = "the gate" if self.place.component == IN_USE else "a gate at this threshold"
+        which = "a gate at this threshold" if self.place.component.startswith(AT) else "the gate"
         if kept == n:
             why = f"{which} never closes: it selects nothing"
             if self.place.statistic != "pass_rate":

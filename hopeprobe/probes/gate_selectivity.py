@@ -66,6 +66,7 @@ from hopeprobe.stats.histogram import RESOLUTION
 
 from .base import Accumulator, Finding, Measurement, NullValue, Place, Probe, Quantity, value_without_tokens
 from .gate_rates import (
+    AT,
     IN_USE,
     RATE_EFFECT,
     SHARE,
@@ -235,7 +236,7 @@ class GateMoments(Accumulator):
         """Rates and entropies of the gate in use and of the ladder, then what the gate in use selects by."""
         if not self.moments:
             return []
-        gates = {IN_USE: ("gate", 0)} | {f"tau={tau:g}": ("ladder", k) for k, tau in enumerate(LADDER)}
+        gates = {IN_USE: ("gate", 0)} | {f"{AT}{tau:g}": ("ladder", k) for k, tau in enumerate(LADDER)}
         kinds = (
             (OfGate, "pass_rate", "1", pass_rate, RATE_EFFECT),
             (OfEntropy, "gate_entropy", "bits", gate_entropy, ENTROPY_EFFECT),
@@ -313,7 +314,7 @@ class GateMoments(Accumulator):
 
 
 def _threshold(component: str) -> float:
-    return float(component.removeprefix("tau="))
+    return float(component.removeprefix(AT))
 
 
 def _beside_random(finding: Finding) -> Finding:

@@ -288,6 +288,7 @@ def test_a_gate_that_never_or_hardly_opens_decides_nothing():
         for override, said in found.values():
             assert override is verdict
             assert why in said
+            assert "threshold" not in said, "it is a rule's gate, whatever decides"
 
 
 def test_every_window_has_a_reading_of_the_oracle(toy_run, toy_data):
