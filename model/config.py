@@ -269,9 +269,7 @@ class ModelConfig:
             raise BadInputError(
                 f"dim {self.dim} must be divisible by twice the number of heads ({self.heads})"
             )
-        check_finite(
-            self, infinite="surprise_threshold"
-        )  # which closes the gate, or opens it: there are such models
+        check_finite(self, infinite="surprise_threshold")  # closes the gate, or opens it
         self._check_gate()
 
     def _check_gate(self) -> None:
