@@ -87,8 +87,7 @@ def analyze(
         tokens: how many targets to score, None for all of the split.
         split: "heldout", "train" or "all".
         carry: "window" starts afresh at each window of the model's context, "document" at each document.
-        batch: windows at a time, None for what suits the context; the results do not depend on it, but for those of
-            `meta-fast` under a gate that closes for all windows of a batch at once: these are left out, and counted.
+        batch: windows at a time, None for what suits the context; the results do not depend on it.
         gate: a gate in place of each checkpoint's own, its nulls then gated by it too; None leaves them theirs.
         fresh: re-initialisations of the fresh-init null, 0 for none; without them nothing is `learned`.
         fresh_tokens: tokens that each of them is measured on, at most.

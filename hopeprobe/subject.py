@@ -175,7 +175,11 @@ class Subject:
         raise self._missing("declared decay")
 
     def meta_weights(self) -> Mapping[str, Tensor]:
-        """For every fast-weight hook point, the meta weights its tensor started from, without the batch."""
+        """For every fast-weight hook point, the meta weights its tensor started from, without the batch.
+
+        These points fire at the end of every write period, also where nothing was written: what is shown of a window
+        must not hang on those beside it.
+        """
         raise self._missing("fast weights")
 
     def parameter_groups(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -126,6 +126,8 @@ class Level(nn.Module):
     ) -> LevelState:
         """Accumulate a tick's gated gradients; apply them when the position `end` completes a period.
 
+        Hooks at fast weights fire whenever a period is complete, whether or not a gate was open.
+
         `donated` says that nobody needs `state` any more: it may be overwritten; `skips` that no outer gradient will be
         taken: then only tokens that a gradient reached are applied, those before an open token and itself.
         """
@@ -136,9 +138,23 @@ class Level(nn.Module):
         )
         if end % self.spec.period:
             return LevelState(state.change_in, state.change_out, *factors)
-        if on_host(tap.pre) and not bool(factors[0].any()) and not bool(factors[2].any()):
-            # Every gate closed over the whole period: exactly nothing is written, and no write is shown.
-            return LevelState(state.change_in, state.change_out, *(f[:, :0] for f in factors))
+        change_in, change_out = state.change_in, state.change_out
+        # On a device the question would stall it; there what closed gates leave is added, which is zero.
+        if not on_host(tap.pre) or bool(factors[0].any()) or bool(factors[2].any()):
+            change_in, change_out = self._written(change_in, change_out, factors, donated, skips)
+        change_in = _shown(self.hook_fast_in, self.w_in.detach(), change_in)
+        change_out = _shown(self.hook_fast_out, self.w_out.detach(), change_out)
+        return LevelState(change_in, change_out, *(f[:, :0] for f in factors))
+
+    def _written(
+        self,
+        change_in: Change,
+        change_out: Change,
+        factors: tuple[Tensor, ...],
+        donated: bool,
+        skips: bool,
+    ) -> tuple[Change, Change]:
+        """What both matrices differ by after a period, of which `factors` are the gradients and what they meet."""
         step = -self.spec.learning_rate / self.spec.period
         live = None
         if skips:
@@ -146,14 +162,12 @@ class Level(nn.Module):
                 -1
             )  # without a gradient to delta there is none to what it is made of
             live = reached if 2 * int(reached.sum()) <= reached.numel() else None  # of most, all cost less
-        change_in = state.change_in.plus(step * factors[0], factors[1], donated, live)
-        change_out = state.change_out.plus(step * factors[2], factors[3], donated, live)
+        change_in = change_in.plus(step * factors[0], factors[1], donated, live)
+        change_out = change_out.plus(step * factors[2], factors[3], donated, live)
         if self.spec.max_change is not None:
             change_in = change_in.within(self.spec.max_change * self.w_in.detach().norm())
             change_out = change_out.within(self.spec.max_change * self.w_out.detach().norm())
-        change_in = _shown(self.hook_fast_in, self.w_in.detach(), change_in)
-        change_out = _shown(self.hook_fast_out, self.w_out.detach(), change_out)
-        return LevelState(change_in, change_out, *(f[:, :0] for f in factors))
+        return change_in, change_out
 
 
 class CMS(nn.Module):

@@ -294,6 +294,8 @@ class SelfMod(nn.Module):
     ) -> SelfModState:
         """Write a tick's tokens into every group whose chunk is complete; keep the others pending.
 
+        Hooks at fast weights fire whenever a chunk is complete, whether or not a gate was open.
+
         Args:
             weights: of `stacked()`.
             state: as the tick read it.
@@ -326,12 +328,10 @@ class SelfMod(nn.Module):
                 continue
             asked = gate.requires_grad  # closed or not, by a straight-through gradient
             closed = on_host(gate) and not asked and not tokens.eta.any() and not tokens.log_alpha.any()
-            if closed:
-                groups.append(group)  # exactly nothing, and no work
-                pending.append(None)
-                continue
-            write = self._write_open if skips else self._write_rows
-            written = write(weights[i], made.fast[i], tokens, donated)
+            written = group  # by a closed gate exactly nothing is, and no work
+            if not closed:
+                write = self._write_open if skips else self._write_rows
+                written = write(weights[i], made.fast[i], tokens, donated)
             groups.append(self._fire_fast(self.group_names[i], written))
             pending.append(None)
         return SelfModState(tuple(groups), tuple(pending), made.tail)
@@ -425,7 +425,7 @@ class SelfMod(nn.Module):
         return MemoryState(w2, w1, w1_scalar, skip)
 
     def _fire_fast(self, names: tuple[str, ...], state: MemoryState) -> MemoryState:
-        """Show the written fast weights to their hooks; an edit goes into the state."""
+        """Show fast weights, at the end of a chunk, to their hooks; an edit goes into the state."""
         if not any(p.active for n in names for p in self.hook_fast[n].values()):
             return state
         n_vector = state.w1.shape[1]

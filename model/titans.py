@@ -203,7 +203,7 @@ class Titans(nn.Module):
     def write(
         self, state: TitansState, made: Made, gate: Tensor, donated: bool = False, skips: bool = False
     ) -> TitansState:
-        """Write a tick, which is a chunk: the state after it.
+        """Write a tick, which is a chunk: the state after it, shown to hooks whether or not a gate was open.
 
         Args:
             state: as the tick read it.
@@ -215,7 +215,8 @@ class Titans(nn.Module):
         gate = self.hook_write_gate(gate)
         moved = state._replace(conv_tail=made.tail)
         if on_host(gate) and not gate.requires_grad and not bool(gate.any()):
-            return moved  # every gate closed: exactly nothing, momentum stays as it is
+            # Every gate closed: exactly nothing, momentum stays as it is.
+            return moved._replace(w2=_shown(self.hook_w2, state.w2), w1=_shown(self.hook_w1, state.w1))
         held = (state.w2, state.w1, state.s2, state.s1)
         live = gate != 0
         if not skips or bool(live.all()):

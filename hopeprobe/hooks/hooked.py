@@ -58,7 +58,7 @@ def _why_unfired(hook: InstalledHook) -> str:
         return "it was removed before the forward pass came by"
     unseen = "or a compiled or traced graph without guards does not see the hook"
     if hook.point.spec.cadence == "write":
-        return f"no write happened: all write gates closed, fewer tokens than one write period, {unseen}"
+        return f"no write period ended: fewer tokens than one write period, or a model that is not written, {unseen}"
     return f"the forward pass did not come by, {unseen}"
 
 

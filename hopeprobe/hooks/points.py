@@ -37,9 +37,10 @@ class HookSpec:
 
     `dims` names the dimensions in order, for instance `("batch", "pos", "d_model")`; every firing is checked
     against their number. `cadence` is `"tick"` for a point that fires once per tick of the forward pass and
-    `"write"` for one that fires when a memory is written. At a point that is not `editable` hooks may only
-    observe. `equation` is one line, for instance `"k = l2norm(M_k(u))"`. Raises `ValueError` when a field is
-    none of that.
+    `"write"` for one that fires at the end of every write period of its memory, also where all gates were closed
+    and nothing was written: what fires must not hang on the windows beside. At a point that is not `editable`
+    hooks may only observe. `equation` is one line, for instance `"k = l2norm(M_k(u))"`. Raises `ValueError` when
+    a field is none of that.
     """
 
     dims: tuple[str, ...]

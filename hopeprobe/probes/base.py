@@ -237,13 +237,6 @@ class Accumulator(ABC):
         """Say, where there is something to say, what the rule should not decide, and a note."""
         return {}
 
-    def rightly_silent(self, hook: str) -> bool:  # noqa: ARG002
-        """Whether a hook point that never fired had nothing to show, by what this has seen; no, unless overridden.
-
-        The accumulator's rows must then say so: `no-signal`, without a value.
-        """
-        return False
-
     def state_dict(self) -> dict[str, Any]:
         """All that updates have changed, and so all that `merge` takes from another: what is sent to another rank.
 

@@ -32,8 +32,8 @@ Nulls: own-init and fresh-init; for output_divergence and logit_kl on samples as
 
 Verdicts. Of a memory, or of what it is part of: `diverged` where fast weights are not finite, or the interval of
 norm_ratio lies above 2; `collapsed` where it lies below 0.5: decay towards zero gives a drift of 1, which says that
-nothing is left, not that anything was learned; `no-signal` where the drift is 0 at every position, never written, or
-the write gate opens at no token, so that fast weights are never shown, and for outputs that are those of meta weights.
+nothing is left, not that anything was learned; `no-signal` where the drift is 0 at every position, never written, and
+for outputs that are those of meta weights.
 Only then the rule. Windows of different text with one and the same fast weights are an error, and no measurement.
 
 Reading. Drift beside norm ratio: a drift of 1 with a ratio of 0 is a memory that is gone, one with a ratio near 1 is
@@ -61,8 +61,8 @@ from hopeprobe.stats import Verdict
 from hopeprobe.subject import MissingCapability
 
 from .base import Accumulator, Finding, Measurement, Place, Probe, value_without_tokens
-from .meta_fast_memories import memories_of, positions_of, reducers_of
-from .meta_fast_moments import DECAY, NEVER_OPEN, PARTS, RATIOS, FastMoments
+from .meta_fast_memories import GATE, memories_of, positions_of, reducers_of
+from .meta_fast_moments import DECAY, PARTS, RATIOS, FastMoments
 from .meta_fast_outputs import KINDS, read_outputs
 from .sample import findings, sampled
 
@@ -100,10 +100,9 @@ class MetaFast(Probe):
         return None
 
     def hooks(self, subject: Subject) -> list[str]:
-        """Retention of every layer, and every write gate."""
-        memories = memories_of(subject)
-        alphas = (f"{memory.mechanism}.hook_alpha" for memory in memories if memory.mechanism)
-        return list(dict.fromkeys([*alphas, *(memory.gate for memory in memories if memory.gate)]))
+        """Retention of every layer, and its write gate."""
+        mechanisms = dict.fromkeys(memory.mechanism for memory in memories_of(subject) if memory.mechanism)
+        return [f"{mechanism}.{hook}" for mechanism in mechanisms for hook in ("hook_alpha", GATE)]
 
     def reducers(self, subject: Subject) -> Mapping[str, Callable[[Tensor], Tensor]]:
         """Fast weights of every memory and level."""
@@ -182,10 +181,7 @@ def _verdict(rows: Sequence[Measurement], resolution: float) -> tuple[Verdict, s
                 f"after {position} tokens {size.value:.2g} of the norm of the meta weights is left: under {LEAST:g} "
                 "fast weights are taken to have collapsed, which is no adaptation however far they moved"
             )
-    drifts = [row for row in rows if row.place.statistic == "relative_drift"]
-    if drifts and all(row.override is Verdict.NO_SIGNAL for row in drifts):
-        return Verdict.NO_SIGNAL, NEVER_OPEN
-    drift = [row.estimate.plug_in for row in drifts]
+    drift = [row.estimate.plug_in for row in rows if row.place.statistic == "relative_drift"]
     if drift and max(drift) == 0:
         return (
             Verdict.NO_SIGNAL,

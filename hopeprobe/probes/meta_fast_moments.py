@@ -40,10 +40,8 @@ DECAY = ("retention", "half_life")
 
 INIT_NOTE = "decay goes towards the meta weights: all of the drift is writes"
 
-NEVER_OPEN = "never written: its write gate opens at no token"
-
-COLUMNS = (*RATIOS, *PARTS, "lost", "unseen")
-"""What is held of a window; in the last two 1 where its fast weights are not finite, or were not shown."""
+COLUMNS = (*RATIOS, *PARTS, "lost")
+"""What is held of a window; in the last 1 where its fast weights, or its losses before, are not finite."""
 
 _POSITIVE = (0.0, math.inf)
 _BOUNDS = {"fast_meta_cosine": (-1.0, 1.0), "retention": (0.0, 1.0)}
@@ -93,34 +91,28 @@ class FastMoments(Accumulator):
         self.memories = tuple(memories)
         self.squared = [memory.squared() for memory in memories]
         self.mechanisms = {memory.mechanism: memory.layer for memory in memories if memory.mechanism}
-        self.gates = tuple(dict.fromkeys(memory.gate for memory in memories if memory.gate))
 
     def update(self, cache: Readings, losses: Tensor, scored: Tensor, batch: EvalBatch) -> None:
         """Add one batch: reduced fast weights [R, firings, 3], `hook_alpha` and `hook_write_gate` [R, T].
 
-        Raises MeasurementError for a retention that is none, matrices of one memory that were shown at different
-        positions, and windows of different text that have the same fast weights.
+        Raises MeasurementError for a retention that is none, matrices of one memory that were not shown at every
+        position, and windows of different text that have the same fast weights.
         """
         mask, shape = as_bool(scored), (len(batch.lengths), len(self.positions))
         broken = np.cumsum(mask & ~np.isfinite(as_float64(losses)), axis=1) > 0
         reached = batch.lengths[:, None] >= np.array(self.positions)
-        self._watch_gates(cache, mask, broken, batch)
         kept = {name: self._retention(cache, name, mask, reached, batch) for name in self.mechanisms}
         values = np.full((*shape, len(self.memories), len(COLUMNS)), np.nan)
         for i, memory in enumerate(self.memories):
-            at, sums = _shown(cache, memory)
-            for j, position in enumerate(self.positions):
+            due = [position for j, position in enumerate(self.positions) if reached[:, j].any()]
+            sums = _shown(cache, memory, due)
+            for j, position in enumerate(due):
                 rows = reached[:, j]
-                if not rows.any():
-                    continue
-                if position not in at:
-                    # Nothing was written; but then, no gate opens for a loss that is no number.
-                    bad = broken[rows, position - 1]
-                    values[rows, j, i, COLUMNS.index("lost")] = np.where(bad, 1.0, np.nan)
-                    values[rows, j, i, COLUMNS.index("unseen")] = np.where(bad, np.nan, 1.0)
-                elif self.squared[i]:
+                if self.squared[i]:
                     retention = kept[memory.mechanism][rows, j] if memory.mechanism else None
-                    found = ratios(sums[rows, at.index(position)], self.squared[i], memory.target, retention)
+                    found = ratios(
+                        sums[rows, j], self.squared[i], memory.target, retention, broken[rows, position - 1]
+                    )
                     for name, column in found.items():
                         values[rows, j, i, COLUMNS.index(name)] = column
                     _check_own(memory, found, batch.tokens[rows, :position])
@@ -160,29 +152,6 @@ class FastMoments(Accumulator):
         log_kept = np.log(np.maximum(kept, _SMALLEST)).cumsum(axis=1)
         return np.where(reached, np.exp(log_kept[:, np.minimum(last, gate.shape[1] - 1)]), np.nan)
 
-    def _watch_gates(self, cache: Readings, mask: BoolArray, broken: BoolArray, batch: EvalBatch) -> None:
-        """Count tokens at which each gate is open, and those at or behind a loss that is no number."""
-        opened = np.zeros((*mask.shape, len(self.gates) + 1))
-        opened[..., -1] = broken
-        for i, name in enumerate(self.gates):
-            if name in cache:  # it rests in a batch too short to write
-                gate = as_float64(cache[name])
-                opened[:, : gate.shape[1], i] = gate[:, : mask.shape[1]] != 0
-        mean = self.moments.setdefault("gates", GroupedMean((len(self.gates) + 1,)))
-        assert isinstance(mean, GroupedMean)
-        mean.update(opened, mask, batch.group)
-
-    def _never_opens(self, memory: Memory) -> bool:
-        """Whether the gate of a memory was shown, was closed at every token, and no loss kept it from opening."""
-        if memory.gate not in self.gates or not self.moments["gates"].n_tokens:
-            return False
-        shares = mean_of(self.moments["gates"].compute().pooled())[0]
-        return not shares[self.gates.index(memory.gate)] and not shares[-1]
-
-    def rightly_silent(self, hook: str) -> bool:
-        """Fast weights are shown when they are written: not by a memory whose gate never opens."""
-        return any(hook in memory.metas and self._never_opens(memory) for memory in self.memories)
-
     def _of(self, name: str, shape: tuple[int, ...]) -> WindowMeans:
         found = self.moments.setdefault(name, WindowMeans(shape))
         assert isinstance(found, WindowMeans)
@@ -219,28 +188,21 @@ class FastMoments(Accumulator):
         return [j for j in range(len(self.positions)) if any(_counts(windows, j, i).values())]
 
     def remarks(self) -> Mapping[Place, tuple[Verdict | None, str]]:
-        """`diverged` where fast weights are not finite; how many windows were left out; that nothing decays."""
+        """`diverged` where fast weights are not finite; that nothing decays."""
         found: dict[Place, tuple[Verdict | None, str]] = {}
         if "fast" not in self.moments:
             return found
         windows = self.moments["fast"].compute()
         for i, memory in enumerate(self.memories):
             for j in self._reached(windows, i):
-                n = _counts(windows, j, i)
-                total, notes = sum(n.values()), []
-                silent = n["unseen"] == total and self._never_opens(memory)
+                n, notes = _counts(windows, j, i), []
                 if n["lost"]:
+                    total = sum(n.values())
                     notes.append(f"fast weights, or losses, are not finite in {n['lost']} of {total} windows")
-                if n["unseen"] and not silent:
-                    notes.append(
-                        f"{n['unseen']} of {total} windows are left out: nothing was written in the tick that ends "
-                        "here, in any window of their batch, and fast weights are shown when they are written"
-                    )
                 for name in (*RATIOS, *PARTS):
                     also = [INIT_NOTE] if name == "decay_part" and memory.target == "init" else []
                     place = self._place(name, memory.layer, memory.component, j)
-                    verdict = Verdict.DIVERGED if n["lost"] else Verdict.NO_SIGNAL if silent else None
-                    found[place] = (verdict, "; ".join(notes + also))
+                    found[place] = (Verdict.DIVERGED if n["lost"] else None, "; ".join(notes + also))
         for mechanism, layer in self.mechanisms.items():
             mean = self.moments[f"alpha.{mechanism}"]
             if mean.n_tokens and not mean.compute().pooled().mean()[0]:
@@ -262,6 +224,8 @@ class FastMoments(Accumulator):
             missing = "the model does not say what its fast weights decay towards"
         elif any(memory.target for memory in self.memories):
             missing = "the model does not show both retention and write gate"
+            if self.mechanisms:
+                missing = "no window is finite where all is written"
         found = {row.place.statistic for row in rows}
         return rows + [self._nothing(Place(name), missing) for name in (*PARTS, *DECAY) if name not in found]
 
@@ -271,13 +235,14 @@ class FastMoments(Accumulator):
 
 
 def ratios(
-    sums: FloatArray, meta: float, target: str | None, retention: FloatArray | None
+    sums: FloatArray, meta: float, target: str | None, retention: FloatArray | None, broken: BoolArray
 ) -> dict[str, FloatArray]:
     """Everything that `products` of a memory say, by column, NaN where it is not defined: sums [R, 3] to [R] each.
 
-    meta: ‖θ_meta‖². retention: Γ [R], None where it is not known.
+    meta: ‖θ_meta‖². retention: Γ [R], None where it is not known. broken: [R], a loss so far is no number, for which no
+    gate opens: fast weights may then be finite and are not those of the text.
     """
-    finite = np.isfinite(sums).all(axis=1) & math.isfinite(meta)
+    finite = np.isfinite(sums).all(axis=1) & math.isfinite(meta) & ~broken
     fast, inner, moved = (np.where(finite, column, np.nan) for column in sums.T)
     nonzero = np.where(fast > 0, fast, np.nan)
     found = {
@@ -304,15 +269,22 @@ def _splits(memory: Memory) -> bool:
     return memory.target == "init" or (memory.target == "zero" and bool(memory.mechanism))
 
 
-def _shown(cache: Readings, memory: Memory) -> tuple[tuple[int, ...], FloatArray]:
-    """Positions at which the fast weights of a memory were shown, and their `products` [R, firings, 3]."""
-    shown = {tuple(cache.positions[name].tolist()) if name in cache else () for name in memory.metas}
-    if len(shown) > 1:
-        raise MeasurementError(
-            f"the matrices of {memory.key} were shown at different positions: {sorted(shown)}"
-        )
-    (at,) = shown
-    return at, np.sum([as_float64(cache[name]) for name in memory.metas], axis=0) if at else np.empty(0)
+def _shown(cache: Readings, memory: Memory, due: Sequence[int]) -> FloatArray:
+    """`products` [R, positions, 3] of a memory at the positions that are due in this batch.
+
+    Raises MeasurementError where any of its matrices was not shown at one.
+    """
+    sums = []
+    for name in memory.metas if due else ():
+        at = cache.positions[name].tolist() if name in cache else []
+        if missing := [position for position in due if position not in at]:
+            raise MeasurementError(
+                f"{name} was not shown after {missing[0]} tokens, where its write period ends: fast weights are shown "
+                "there whether or not anything was written"
+            )
+        sums.append(as_float64(cache[name])[:, [at.index(position) for position in due]])
+    total: FloatArray = np.sum(sums, axis=0)
+    return total
 
 
 def _check_own(memory: Memory, found: Mapping[str, FloatArray], tokens: IntArray) -> None:
@@ -331,7 +303,7 @@ def _check_own(memory: Memory, found: Mapping[str, FloatArray], tokens: IntArray
 
 
 def _counts(windows: Moments, j: int, i: int) -> dict[str, int]:
-    names = ("relative_drift", "lost", "unseen")
+    names = ("relative_drift", "lost")
     return {name: int(_at(windows, (j, i, COLUMNS.index(name))).n.sum()) for name in names}
 
 

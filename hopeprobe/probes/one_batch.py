@@ -148,7 +148,7 @@ class Worker:
 
 
 def can_be_run_again(reader: BatchReader, subject: Subject) -> bool:
-    """Whether all that is read has a place for each token: how often writes fire hangs on the rows beside."""
+    """Whether all that is read has a place for each token, so that a window run again can be put in its place."""
     points = subject.module.hook_dict
     return reader.reducing is None and all(points[name].spec.cadence == "tick" for name in reader.cached)
 

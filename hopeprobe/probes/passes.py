@@ -24,7 +24,7 @@ from .one_batch import Ran, Worker, can_be_run_again, never_fired, not_in_force,
 from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from hopeprobe.conditions import Condition
     from hopeprobe.probes.base import Probe
@@ -97,7 +97,7 @@ def _run_pass(
             if condition.exact and not can_be_run_again(reader, subject):
                 raise BadInputError(
                     f"{probe.name} reads writes, or points reduced: under {condition.name} a few windows are run "
-                    "again, and these fire as the rows beside them do"
+                    "again, and there is no place for each token to put them in"
                 )
             result.accumulators[probe.name] = probe.accumulator(subject, condition.name, windows)
             running.append(probe)
@@ -153,7 +153,9 @@ def _run_pass(
     all_seen = ranks.gathered(seen)
     _drop_first(result, all_seen)
     _fold(result)
-    silent = ranks.on_first(lambda: _silence(subject, condition, workers[0], result.accumulators, all_seen))
+    silent = ranks.on_first(
+        lambda: _silence(subject, condition, workers[0], list(result.accumulators), all_seen)
+    )
     for name, reason in silent.items():
         result.drop(name, reason)
     return result
@@ -213,7 +215,7 @@ def _silence(
     subject: Subject,
     condition: Condition,
     worker: Worker,
-    accumulators: Mapping[str, Accumulator],
+    left: Iterable[str],
     all_seen: Sequence[_Seen],
 ) -> dict[str, str]:
     """Of probes that are left, why they have measured nothing: a point that never fired, a condition not in force."""
@@ -223,12 +225,11 @@ def _silence(
     in_force: Counter[str] = Counter()
     for seen in all_seen:
         in_force.update(seen.in_force)
-    for name, accumulator in accumulators.items():
-        unseen = [n for n in worker.readers[name].names if (name, n) not in fired]
-        if silent := [n for n in unseen if not accumulator.rightly_silent(n)]:
+    for name in left:
+        if silent := [hook for hook in worker.readers[name].names if (name, hook) not in fired]:
             failed[name] = never_fired(silent)
     if unfired := [
         name for name, count in in_force.items() if not count and points[name].spec.cadence == "write"
     ]:
-        failed |= {name: not_in_force(condition, unfired) for name in accumulators if name not in failed}
+        failed |= {name: not_in_force(condition, unfired) for name in left if name not in failed}
     return failed

@@ -33,7 +33,7 @@ class Readings(Mapping[str, "Tensor"]):
 
     Attributes:
         positions: for each reduced point, int64 [firings]: tokens read so far in the window, the tick that
-            fired included. A write in which no row of the batch took part does not fire.
+            fired included.
         reached: for each reduced point, bool [R, firings]: the row is as long as that. Its values are NaN
             where it is not.
 

@@ -11,9 +11,11 @@ import torch
 
 from hopeprobe.analysis import analyze
 from hopeprobe.probes import PROBES
+from hopeprobe.subject import GateRule, load
 
 MOST = 1e-6
 FEW = ("integrity", "meta-fast", "surprise")
+CLOSING = GateRule("random", 0.05)
 
 
 def scale(row):
@@ -37,22 +39,25 @@ def furthest(results, others):
     return worst
 
 
-def measured(run, settings, cache, probes, batch, threads):
+def measured(run, settings, cache, probes, batch, threads, gate=None):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        subject = load(run / "step-000040.pt")
         return analyze(
-            run / "step-000040.pt", probes, **settings | {"fresh": 0, "cache_dir": cache, "batch": batch}
+            subject if gate is None else subject.with_gate(gate),
+            probes,
+            **settings | {"fresh": 0, "cache_dir": cache, "batch": batch},
         )
     finally:
         torch.set_num_threads(before)
 
 
-def check(run, settings, tmp_path, probes, others=((50, 2), (11, 1))):
-    first = measured(run, settings, tmp_path / "one", probes, 50, 1)
+def check(run, settings, tmp_path, probes, others=((50, 2), (11, 1)), gate=None):
+    first = measured(run, settings, tmp_path / "one", probes, 50, 1, gate)
     assert {row.probe for row in first.rows} == set(probes)
     for i, (batch, threads) in enumerate(others):
-        other = measured(run, settings, tmp_path / f"other-{i}", probes, batch, threads)
+        other = measured(run, settings, tmp_path / f"other-{i}", probes, batch, threads, gate)
         worst, where = furthest(first, other)
         assert worst < MOST, (batch, threads, worst, where)
     return first
@@ -68,7 +73,17 @@ def test_threads_and_batches_move_a_number_by_less_than_a_millionth(toy_run, set
     assert furthest(first, again)[0] > MOST
 
 
+def test_what_is_written_of_one_window_is_not_what_is_seen_of_another(toy_run, settings, tmp_path):
+    """Under a gate that opens for one token in twenty, for whole periods of small batches nothing is written."""
+    first = check(toy_run, settings, tmp_path, FEW, others=((11, 1), (1, 1)), gate=CLOSING)
+    rows = [row for row in first.rows if row.statistic == "relative_drift"]
+    assert rows
+    assert all(row.value > 0 for row in rows)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_threads_and_batches_move_no_probe(toy_run, settings, tmp_path):
-    check(toy_run, settings, tmp_path, tuple(PROBES), others=((11, 2),))  # each analysis takes minutes
+@pytest.mark.parametrize("gate", [None, CLOSING], ids=["own", "closing"])
+def test_threads_and_batches_move_no_probe(toy_run, settings, tmp_path, gate):
+    # Each analysis takes minutes.
+    check(toy_run, settings, tmp_path, tuple(PROBES), others=((11, 2),), gate=gate)

@@ -124,21 +124,20 @@ def _target(config, w, v):
 def assoc_scores(model, cache, layer):
     """|gradient of the associative losses| of a layer, (T,), by autograd at the weights each tick read.
 
-    cache: of a run of one row, with every `hook_k`, `hook_v`, `hook_write_gate` and `hook_fast_*`. A write whose gates
-    are all closed fires no `hook_fast_*`: the weights stay.
+    cache: of a run of one row, with every `hook_k`, `hook_v` and `hook_fast_*`.
     """
     config, mixer = model.config, "titans" if model.config.variant == "titans" else "selfmod"
     block, at = model.blocks[layer], f"blocks.{layer}.{mixer}"
     memories = {"memory": block.titans.memory} if block.titans else block.selfmod.memories
-    k, v, gate = (cache[f"{at}.{name}"][0] for name in ("hook_k", "hook_v", "hook_write_gate"))
+    k, v = (cache[f"{at}.{name}"][0] for name in ("hook_k", "hook_v"))
     written = [name.partition(".")[2] for name in config.periods if name.startswith(mixer)]
     total = np.zeros(len(k))
     for name in written:
         period = config.periods[f"{mixer}.{name}"]
         current = {w: p.detach() for w, p in memories[name].named_parameters()}
-        writes = {w: iter(cache.get(f"{at}.{name}.hook_fast_{w}", torch.zeros(1, 0))[0]) for w in current}
+        writes = {w: iter(cache[f"{at}.{name}.hook_fast_{w}"][0]) for w in current}
         for t in range(len(k)):
-            if t and t % period == 0 and bool(gate[t - period : t].any()):
+            if t and t % period == 0:
                 current = {w: next(writes[w]) for w in current}
             with torch.enable_grad():
                 inner = {w: x.clone().requires_grad_() for w, x in current.items()}

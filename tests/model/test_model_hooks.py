@@ -1,6 +1,7 @@
 """Every hook point of the design's table: there, with its shape and cadence, editable as declared, free to observe."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hopeprobe.hooks import HookNeverFiredError, markdown_table
 from hopeprobe.model.config import CMSLevel
 from hopeprobe.model.hope import HopeModel
 from hopeprobe.model.measure import close
+from hopeprobe.model.subject import HopeSubject
 
 # Levels that write every tick and every fourth; two rows, 32 tokens: 4 ticks.
 B, T, D, H, TICKS = 2, 32, 8, 32, 4
@@ -233,11 +235,36 @@ def test_the_common_gate_freezes_all(toy):
     assert moved(toy, frozen.state) == set()
 
 
-def test_a_write_that_did_not_happen_is_not_reported_as_one(toy):
-    with torch.no_grad(), pytest.raises(HookNeverFiredError, match="all write gates closed"):
+@pytest.mark.parametrize("variant", ["full", "titans"])
+def test_fast_weights_are_shown_at_the_end_of_every_period_whatever_the_gates_of_others(variant):
+    """What fires must not hang on the rows beside; and where nothing was written, what is shown has not moved."""
+    model = HopeModel(dataclasses.replace(TOY, variant=variant), dtype=torch.float64)
+    row, beside = TOKENS[:1], TOKENS[1:]
+
+    def close_first(gate, hook):
+        return torch.cat([gate[:1] * (torch.arange(gate.shape[1]) < 0), gate[1:]])
+
+    def seen(tokens, fn):
+        with torch.no_grad(), model.hooks([("hook_gate", fn)]):
+            return model.run_with_cache(tokens, names_filter="*.hook_fast_*")[1]
+
+    closed, among = seen(row, close), seen(torch.cat([row, beside]), close_first)
+    assert set(closed) == set(among) == {n for n in model.hook_dict if "hook_fast" in n}
+    for name, tensor in closed.items():
+        writes = (TOKENS.shape[1] - 1) // model.config.periods[
+            re.sub(r"^blocks\.\d+\.|\.hook_\w+$", "", name)
+        ]
+        assert tensor.shape[1] == among[name].shape[1] == writes > 0
+        meta = HopeSubject(model).meta_weights()[name].expand_as(tensor)
+        assert torch.equal(tensor, meta), name
+        assert torch.equal(among[name][:1], tensor), name
+        assert not torch.equal(among[name][1:], meta.expand_as(among[name][1:])), name
+
+
+def test_no_write_period_that_ended_is_not_reported_as_one(toy):
+    with torch.no_grad(), pytest.raises(HookNeverFiredError, match="no write period ended"):
         toy.run_with_hooks(
-            TOKENS,
-            fwd_hooks=[("hook_gate", close), ("blocks.0.selfmod.k.hook_fast_w2", lambda t, hook: None)],
+            TOKENS[:, :6], fwd_hooks=[("blocks.0.selfmod.k.hook_fast_w2", lambda t, hook: None)]
         )
 
 
@@ -398,11 +425,3 @@ def test_an_edit_in_place_is_refused(toy, tokens, name):
 def test_a_level_cannot_take_a_name_that_torch_uses(name):
     with pytest.raises(BadInputError, match=name):
         HopeModel(dataclasses.replace(TOY, cms_levels=(CMSLevel(name, 8),)))
-
-
-def test_a_cms_write_of_nothing_is_not_shown_as_a_write(toy, tokens):
-    """All gates closed: no level was written, so no write point may fire."""
-    requests = [("hook_gate", close), ("*.hook_fast_*", lambda t, hook: pytest.fail(f"{hook.name} fired"))]
-    with torch.no_grad(), pytest.raises(HookNeverFiredError) as caught:
-        toy.run_with_hooks(tokens, fwd_hooks=requests)
-    assert any(".cms." in name for name in caught.value.names)

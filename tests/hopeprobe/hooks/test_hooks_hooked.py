@@ -203,7 +203,9 @@ def test_a_context_checks_anew_each_time_it_is_entered(toy, x):
 
 def test_points_that_never_fired_raise_and_say_why(toy, x):
     toy.writing = False
-    with pytest.raises(HookNeverFiredError, match=r"blocks\.0\.hook_fast \(fwd: no write happened") as caught:
+    with pytest.raises(
+        HookNeverFiredError, match=r"blocks\.0\.hook_fast \(fwd: no write period ended"
+    ) as caught:
         toy.run_with_hooks(x, fwd_hooks=[("*", ignore)])
     assert caught.value.names == ("blocks.0.hook_fast",)
     assert caught.value.exit_code == 3
