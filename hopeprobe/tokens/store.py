@@ -172,10 +172,9 @@ def load_tokens(
 
     data: `builtin`, `openwebtext`, `hf:NAME[:COLUMN]`, paths of .txt, .jsonl, .parquet files, or several of
     these. cache_dir: where tokens are kept (default `cache.default_cache_dir()`). max_tokens: of all together; stop
-    there, cutting the last document; by default files are read to the end and each dataset of the hub to 20 million
-    tokens. column:
-    the field with the text in .jsonl and .parquet files. progress: called while tokenising, not when the
-    cache answers.
+    there, cutting the last document, and name no source that was not reached (`source["not_reached"]` does); by default
+    files are read to the end and each dataset of the hub to 20 million tokens. column: the field with the text in
+    .jsonl and .parquet files. progress: called while tokenising, not when the cache answers.
 
     Documents of fewer than two tokens are dropped (`source["dropped"]` counts them). Raises BadInputError for
     data that cannot be read (see `read_documents`) or changes while it is, an unknown tokenizer, a text of fewer
@@ -203,7 +202,7 @@ def load_tokens(
             raise BadInputError(f"the token cache {path} {what if path.exists() else gone}")
         return stored
 
-    return _token_data(name, ranks.first_then_others(read_or_build), sources, tokenizer)
+    return _token_data(ranks.first_then_others(read_or_build), sources, tokenizer)
 
 
 def _read_or_none(path: Path, n_sources: int) -> Stored | None:
@@ -215,6 +214,7 @@ def _read_or_none(path: Path, n_sources: int) -> Stored | None:
             and len(described) == n_sources
             and all(isinstance(one, dict) for one in described)
             and isinstance(stored.footer.get("dropped"), int)
+            and _reached(stored, n_sources) in range(1, n_sources + 1)
             and int(stored.tokens.max()) < VOCAB_SIZE
         )
     except (FileNotFoundError, CacheError):
@@ -242,7 +242,8 @@ def _build(
 
     def encoded() -> Iterator[tuple[npt.NDArray[np.uint16], bool]]:
         n_documents = n_tokens = 0
-        for source, limit in zip(sources, limits, strict=True):
+        for i, (source, limit) in enumerate(zip(sources, limits, strict=True)):
+            footer["reached"] = i + 1
             end = max_tokens if limit is None else n_tokens + limit
             for document in documents_of(source):
                 ids = encode(document.text)
@@ -275,13 +276,15 @@ def _build(
     write_cache(path, encoded(), tokenizer=tokenizer, footer=footer)
 
 
-def _token_data(name: str, stored: Stored, sources: list[Source], tokenizer: str) -> TokenData:
+def _token_data(stored: Stored, sources: list[Source], tokenizer: str) -> TokenData:
     # The path is today's; what only reading finds out, such as a revision of the hub, comes from the cache.
     described = [
         {**then, **source.describe()} for then, source in zip(stored.footer["sources"], sources, strict=True)
     ]
+    reached = _reached(stored, len(sources))
+    described, beyond = described[:reached], [source.name for source in sources[reached:]]
     return TokenData(
-        name=name,
+        name=_joined_name(sources[:reached]),
         tokens=stored.tokens,
         offsets=stored.offsets,
         held_out=stored.held_out,
@@ -292,8 +295,15 @@ def _token_data(name: str, stored: Stored, sources: list[Source], tokenizer: str
         source={
             **(described[0] if len(described) == 1 else {"kind": "several", "sources": described}),
             "dropped": stored.footer["dropped"],
+            **({"not_reached": beyond} if beyond else {}),
         },
     )
+
+
+def _reached(stored: Stored, n_sources: int) -> int:
+    """How many of the sources were read before the limit of all of them; 0 where that is not known."""
+    reached = stored.footer.get("reached", 1 if n_sources == 1 else 0)
+    return reached if type(reached) is int else 0
 
 
 def _cache_key(keys: list[str], tokenizer: str, limits: list[int | None], max_tokens: int | None) -> str:

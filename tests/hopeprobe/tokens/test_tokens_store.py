@@ -324,6 +324,21 @@ def test_several_sources_make_one_text(text: Path, tmp_path: Path, kept: Path):
     assert load_tokens([text] * 5, cache_dir=kept).name == "text.jsonl+4 more"
 
 
+def test_a_source_behind_the_limit_of_all_is_not_named(text: Path, tmp_path: Path, kept: Path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("one more document")
+    n = len(load_tokens(text, cache_dir=kept).tokens)
+    for _ in range(2):  # tokenised, then from the cache
+        short = load_tokens([text, other], cache_dir=kept, max_tokens=n)
+        assert (short.name, short.source["path"], short.source["not_reached"]) == (
+            "text.jsonl", str(text), ["other.txt"],
+        )  # fmt: skip
+        reached = load_tokens([text, other], cache_dir=kept, max_tokens=n + 2)
+        assert (reached.name, len(reached.source["sources"])) == ("text.jsonl+other.txt", 2)
+        assert "not_reached" not in reached.source
+        refuse_to_tokenise(monkeypatch)
+
+
 documents = st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=6), min_size=1, max_size=30)
 
 
