@@ -21,7 +21,9 @@ NORM_EPS = 1e-6
 
 def l2norm(x: Tensor) -> Tensor:
     """X / max(|x|, 1e-6) over the last dimension."""
-    return F.normalize(x, dim=-1, eps=NORM_EPS)
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(
+        NORM_EPS
+    )  # F.normalize, with less around it
 
 
 def convolved(window: Tensor, kernel: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def read_group(x: Tensor, w: Weights) -> Reading:
     hidden = F.gelu(pre)
     of_vectors, of_scalars = hidden.split_with_sizes([n_vector, n_scalar], dim=2)
     rows = of_vectors.transpose(1, 2).flatten(0, 1)
-    vector = times_each(rows, w.w1).view(len(x), n_vector, *x.shape[1:]) + x[:, None]
+    vector = times_each(rows, w.w1).view(len(x), n_vector, *x.shape[1:]).add_(x[:, None])
     scalar = (of_scalars * w.w1_scalar[:, None]).sum(-1) + x @ w.skip.mT
     return Reading(pre, hidden, vector, scalar)
 

@@ -6,7 +6,6 @@ what one of them is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from hopeprobe.hooks import HookPoint, HookRegistry, HookSpec
 from hopeprobe.hooks.points import Cadence
+from hopeprobe.model.alone import TOKENS_AT_ONCE, alone
 from hopeprobe.model.config import MEMORIES, SCALAR_MEMORIES, ModelConfig
 from hopeprobe.model.memories import (
     Generated,
@@ -35,9 +35,6 @@ from hopeprobe.model.skip import packed, runs
 from hopeprobe.model.state import MemoryState, Pending, SelfModState, on_host
 from hopeprobe.model.thin import back_each, decay_and_write, times
 from hopeprobe.model.write import errors, gelu_backward, prepare
-
-#: Of a write in place, over its rows: at 64 tokens a chunk, four rows at once take three quarters of eight's time.
-_TOKENS_AT_ONCE = 256
 
 
 def _by_rows(tensors: tuple[Tensor, ...], rows: int) -> Iterator[tuple[Tensor, ...]]:
@@ -142,7 +139,7 @@ class SelfMod(nn.Module):
                 for meta, chunk in zip(self.stacked(), self.group_chunks, strict=True)
             )
         tail = self.conv.new_zeros(batch, self.config.conv_width - 1, self.config.dim)
-        return SelfModState(groups, tuple(None for _ in groups), tail)
+        return SelfModState(groups, tuple(() for _ in groups), tail)
 
     def read(
         self,
@@ -159,32 +156,45 @@ class SelfMod(nn.Module):
         and `late` leaves it to the write, where nobody watches it.
         """
         outer = outer and torch.is_grad_enabled()
-        window = torch.cat([state.conv_tail, x], dim=1)
-        u = convolved(window, self.conv)
-        tail = window[:, window.shape[1] - (self.config.conv_width - 1) :]
-        fast = tuple(
-            repeated(meta, len(x)) if group is None else attached(meta, group) if outer else Weights(*group)
+        u, tail = self.mixed(x, state.conv_tail)
+        fast = self.attached(weights, state, outer)
+        return self.answered(self.asked(u, fast, of), fast), self.made(u, tail, fast, outer, late)
+
+    def mixed(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolve x (B, n, d) behind `tail` (B, width - 1, d): u (B, n, d), and the next tail."""
+        window = torch.cat([tail, x], dim=1)
+        return convolved(window, self.conv), window[:, window.shape[1] - (self.config.conv_width - 1) :]
+
+    def attached(self, weights: tuple[Weights, ...], state: SelfModState, outer: bool) -> tuple[Weights, ...]:
+        """Fast weights of each group, in the graph of the meta weights where there is an outer gradient."""
+        batch = len(state.conv_tail)
+        return tuple(
+            repeated(meta, batch) if group is None else attached(meta, group) if outer else Weights(*group)
             for meta, group in zip(weights, state.groups, strict=True)
         )
-        together = len(fast) == 1  # `memory` is the first of the group it writes with
-        generators, at = fast[0], int(together)
-        if self.w_q is None:
-            q = answer(u, generators.w2, generators.w1, at)
-        else:
-            q = linear(u, self.w_q, None, of).to(u.dtype)
-        q = self.hook_q(l2norm(q))
-        out = answer(q, fast[-1].w2, fast[-1].w1, 0)
-        out = self.hook_out(out)
+
+    def asked(self, u: Tensor, fast: tuple[Weights, ...], of: Rounded | None = None) -> Tensor:
+        """Queries (B, n, d) of u."""
+        if self.w_q is not None:
+            return self.hook_q(l2norm(linear(u, self.w_q, None, of).to(u.dtype)))
+        # `memory` is the first of the group it writes with.
+        return self.hook_q(l2norm(answer(u, fast[0].w2, fast[0].w1, int(len(fast) == 1))))
+
+    def answered(self, q: Tensor, fast: tuple[Weights, ...]) -> Tensor:
+        """The layer's output (B, n, d): what `memory` answers to q."""
+        return self.hook_out(answer(q, fast[-1].w2, fast[-1].w1, 0))
+
+    def made(self, u: Tensor, tail: Tensor, fast: tuple[Weights, ...], outer: bool, late: bool) -> Generated:
+        """What a write of the tick needs; see `read`."""
+        nothing = u[:, :0]
         if not self.written:
-            nothing = x[:, :0]
-            return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast)
+            return Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast)
         if late and not outer and not self._watched():
-            nothing = x[:, :0]
-            return out, Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast, u)
+            return Generated(nothing, nothing, nothing[..., 0], nothing[..., 0], tail, fast, u)
         with torch.set_grad_enabled(outer):
-            made = Generated(*self._generate(u, generators), tail=tail, fast=fast)
+            made = Generated(*self._generate(u, fast[0]), tail=tail, fast=fast)
             self._observe_losses(made)
-        return out, made
+        return made
 
     def _watched(self) -> bool:
         points = (self.hook_k, self.hook_v, self.hook_eta, self.hook_alpha, *self.hook_assoc.values())
@@ -265,23 +275,12 @@ class SelfMod(nn.Module):
         """dL/dM(k)."""
         if self.config.objective == "dot":
             return -target
-        return (predicted - target) * (1.0 if self.config.objective == "half-l2" else 2.0)
+        error = predicted - target
+        return error if self.config.objective == "half-l2" else 2.0 * error
 
     def forward(self, x: Tensor) -> Tensor:
-        """A layer on its own: read (B, T, d) from a fresh state and write every token, (B, T, d).
-
-        A tick that T does not complete is read and not written.
-        """
-        tick = math.gcd(*(chunk for chunk in self.group_chunks if chunk is not None)) or x.shape[1]
-        weights, state, outputs = self.stacked(), self.init_state(len(x)), []
-        for part in torch.split(x, tick, dim=1):
-            out, made = self.read(part, weights, state)
-            outputs.append(out)
-            if part.shape[1] == tick:
-                state = self.write(
-                    weights, state, made, part.new_ones(part.shape[:2]), not torch.is_grad_enabled()
-                )
-        return torch.cat(outputs, 1)
+        """A layer on its own: read (B, T, d) from a fresh state and write every token, (B, T, d)."""
+        return alone(self, x)
 
     def write(
         self,
@@ -312,20 +311,18 @@ class SelfMod(nn.Module):
         retention = 1.0 - gate * (1.0 - made.alpha)
         fresh = Pending(made.k, made.v, eta, retention.clamp_min(torch.finfo(eta.dtype).tiny).log())
         groups: list[MemoryState | None] = []
-        pending: list[Pending | None] = []
+        pending: list[tuple[Pending, ...]] = []
         for i, (chunk, group) in enumerate(zip(self.group_chunks, state.groups, strict=True)):
             if chunk is None or group is None:
                 groups.append(None)
-                pending.append(None)
+                pending.append(())
                 continue
-            held = state.pending[i]
-            tokens = (
-                fresh if held is None else Pending(*(torch.cat(p, 1) for p in zip(held, fresh, strict=True)))
-            )
-            if tokens.k.shape[1] < chunk:
+            held = (*state.pending[i], fresh)
+            if sum(ticks.k.shape[1] for ticks in held) < chunk:
                 groups.append(group)
-                pending.append(tokens)
+                pending.append(held)
                 continue
+            tokens = fresh if len(held) == 1 else Pending(*(torch.cat(p, 1) for p in zip(*held, strict=True)))
             asked = gate.requires_grad  # closed or not, by a straight-through gradient
             closed = on_host(gate) and not asked and not tokens.eta.any() and not tokens.log_alpha.any()
             written = group  # by a closed gate exactly nothing is, and no work
@@ -333,7 +330,7 @@ class SelfMod(nn.Module):
                 write = self._write_open if skips else self._write_rows
                 written = write(weights[i], made.fast[i], tokens, donated)
             groups.append(self._fire_fast(self.group_names[i], written))
-            pending.append(None)
+            pending.append(())
         return SelfModState(tuple(groups), tuple(pending), made.tail)
 
     def _gradients(
@@ -380,7 +377,7 @@ class SelfMod(nn.Module):
 
     def _write_rows(self, meta: Weights, fast: Weights, tokens: Pending, donated: bool) -> MemoryState:
         """In place a few rows after another: a long chunk's intermediates, and its weights, then stay in the cache."""
-        rows = max(1, _TOKENS_AT_ONCE // tokens.k.shape[1])
+        rows = max(1, TOKENS_AT_ONCE // tokens.k.shape[1])
         if not donated or len(tokens.k) <= rows or not on_host(tokens.k):
             return self._write_group(meta, fast, tokens, donated)
         parts = [
@@ -401,8 +398,8 @@ class SelfMod(nn.Module):
         meta_w2 = meta_skip = None
         if self.config.decay_target == "init":
             meta_w2, meta_skip = F.linear(k, meta.w2.flatten(0, 1)), F.linear(k, meta.skip)
-        errors_w2 = errors(chunk, eta, push.flatten(2), pre.flatten(2), meta_w2)
-        errors_skip = errors(chunk, eta, slope_scalar, k @ fast.skip.mT, meta_skip)
+        errors_w2 = errors(chunk, push.flatten(2), pre.flatten(2), meta_w2)
+        errors_skip = errors(chunk, slope_scalar, k @ fast.skip.mT, meta_skip)
 
         step = eta[..., None].expand(*hidden.shape[:3])
         if self.config.proximal:

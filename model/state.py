@@ -22,7 +22,7 @@ _GROWTH = 8
 
 
 class Pending(NamedTuple):
-    """Generated quantities of a chunk that is not complete yet, for n tokens."""
+    """Generated quantities of n tokens of a chunk that is not complete yet."""
 
     k: Tensor  # (B, n, d), unit norm
     v: Tensor  # (B, n, d)
@@ -43,7 +43,7 @@ class SelfModState(NamedTuple):
     """State of one self-modifying layer."""
 
     groups: tuple[MemoryState | None, ...]  # None for one that is never written
-    pending: tuple[Pending | None, ...]  # a group that writes every tick has none
+    pending: tuple[tuple[Pending, ...], ...]  # of each group tick by tick: the write joins them
     conv_tail: Tensor  # (B, width - 1, d)
 
 

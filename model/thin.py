@@ -103,7 +103,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         ctx.how = part, shared, mirrored, _slot(w)
         matrices = _matrices(w, part, shared)
-        return x @ matrices if mirrored else _rows_times(x, matrices)
+        return x @ (matrices if mirrored else matrices.mT)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -113,7 +113,7 @@ class _Product(torch.autograd.Function):
         matrices = _matrices(w, part, shared)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = _rows_times(grad, matrices) if mirrored else grad @ matrices
+            grad_x = grad @ (matrices.mT if mirrored else matrices)
         if ctx.needs_input_grad[1]:
             factors = _Factors(part, x, grad) if mirrored else _Factors(part, grad, x)
             if slot is not None:
@@ -200,13 +200,6 @@ def _per_row(x: Tensor, w: Tensor) -> Tensor:
     return x.view(-1, *(1,) * (w.ndim - 1))
 
 
-def _rows_times(x: Tensor, w: Tensor) -> Tensor:
-    """X W^T; for few rows and tall matrices W X^T takes half the time."""
-    if x.shape[1] <= 8 and w.shape[1] > w.shape[2]:
-        return (w @ x.mT).mT.contiguous()
-    return x @ w.mT
-
-
 def _written(
     w: Tensor, meta: Tensor | None, end: Tensor, left: Tensor, right: Tensor, shared: bool, donated: bool
 ) -> Tensor:
@@ -225,7 +218,7 @@ def times(x: Tensor, w: Tensor, part: slice = _ALL) -> Tensor:
     out = (
         _Product.apply(x, w, part, True, False)  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled() and w.requires_grad
-        else _rows_times(x, _matrices(w, part, True))
+        else x @ _matrices(w, part, True).mT
     )
     return out.unflatten(-1, (-1, w.shape[2]))  # type: ignore[no-any-return]
 
@@ -234,7 +227,7 @@ def times_each(x: Tensor, w: Tensor, part: slice = _ALL) -> Tensor:
     """Rows x (B k, n, in) of each memory times its own W^T: (B k, n, out); `part` is one memory, or all of them."""
     if torch.is_grad_enabled() and w.requires_grad:
         return _Product.apply(x, w, part, False, False)  # type: ignore[no-any-return, no-untyped-call]
-    return _rows_times(x, _matrices(w, part, False))
+    return x @ _matrices(w, part, False).mT
 
 
 def back_each(x: Tensor, w: Tensor) -> Tensor:

@@ -43,15 +43,20 @@ def once(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def by_turns(works: dict[str, Callable[[], object]], turns: int, warm: int = 1) -> dict[str, list[float]]:
-    """Wall times of several works, each in every turn, after `warm` turns that do not count."""
+def by_turns(
+    works: dict[str, Callable[[], object]], turns: int, warm: int = 1, calls: dict[str, int] | None = None
+) -> dict[str, list[float]]:
+    """Wall times of several works, each in every turn, after `warm` turns that do not count.
+
+    `calls`: of a work that is short beside another, the median of so many calls is its time in a turn.
+    """
     for _ in range(warm):
         for work in works.values():
             work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(turns):
         for name, work in works.items():
-            times[name].append(once(work))
+            times[name].append(statistics.median(once(work) for _ in range((calls or {}).get(name, 1))))
     return times
 
 

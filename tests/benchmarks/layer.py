@@ -119,7 +119,8 @@ def rows(turns: int) -> list[Row]:
             raise RuntimeError(f"the layers do not compute the same: outputs differ by {apart:.1e}")
         name = f"layer, chunks {chunks[0]}/{chunks[1]}"
         mine = _work("ours", chunks)
-        times = clock.by_turns({"ours": mine, "theirs": _work("theirs", chunks)}, max(1, turns // 3), warm=0)
+        works = {"ours": mine, "theirs": _work("theirs", chunks)}
+        times = clock.by_turns(works, max(1, turns // 3), warm=0, calls={"ours": 5})
         speed = clock.ratio(times, "theirs", "ours")
         close = clock.by_turns(
             {"ours": mine, "matrix": clock.matrix_rate(), "thin": thin_products(chunks)}, 3 * turns, warm=2

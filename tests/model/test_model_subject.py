@@ -198,7 +198,7 @@ def rest(state):
     out = [state.pending]
     for layer in state.layers:
         out.append(layer.selfmod.conv_tail)
-        out += [t for p in layer.selfmod.pending if p is not None for t in p]
+        out += [t for held in layer.selfmod.pending for ticks in held for t in ticks]
         out += [t for lv in layer.cms for t in lv[2:]]
     return out
 

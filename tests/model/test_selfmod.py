@@ -205,13 +205,13 @@ def test_a_chunk_longer_than_the_tick_is_read_at_its_last_write():
     with torch.no_grad():
         state = model.feed(model.init_state(B), TOKENS[:, :25])[1]
         held = state.layers[0].selfmod
-        assert held.pending[0].k.shape[1] == 8
-        assert held.pending[1].k.shape[1] == 24
+        assert [ticks.k.shape[1] for ticks in held.pending[0]] == [8]
+        assert [ticks.k.shape[1] for ticks in held.pending[1]] == [8, 8, 8]
         others, memory = differences(model.blocks[0].selfmod, held)
         assert others.w2.any()
         assert not memory.w2.any()  # `memory` writes at 32
         _, after = model.feed(state, TOKENS[:, 25:33])
-        assert after.layers[0].selfmod.pending == (None, None)
+        assert after.layers[0].selfmod.pending == ((), ())
         assert differences(model.blocks[0].selfmod, after.layers[0].selfmod)[1].w2.any()
 
 

@@ -32,11 +32,11 @@ def test_the_state_has_everything_in_it():
     assert STATE.pending.shape == (3, 5)
     assert STATE.position == 24
     layer = STATE.layers[0]
-    assert layer.selfmod.pending[0].k.shape == (3, 8, 8)
-    assert layer.selfmod.pending[1].k.shape == (3, 24, 8)
+    assert [ticks.k.shape for ticks in layer.selfmod.pending[0]] == [(3, 8, 8)]
+    assert [ticks.k.shape for ticks in layer.selfmod.pending[1]] == 3 * [(3, 8, 8)]
     assert layer.cms[1].grad_delta.shape == (3, 24, 8)
     assert all(t.shape[0] == 3 for t in tensors(STATE))
-    assert len(tensors(STATE)) == 2 * (2 * 4 + 2 * 4 + 1 + 2 * (2 * 3 + 4)) + 1
+    assert len(tensors(STATE)) == 2 * (2 * 4 + (1 + 3) * 4 + 1 + 2 * (2 * 3 + 4)) + 1
 
 
 @settings(max_examples=20, deadline=None)
@@ -93,7 +93,7 @@ def test_a_change_is_the_sum_of_what_was_added_whichever_way_it_is_kept(donated)
 def test_mapping_keeps_the_shape_of_the_state():
     doubled = map_state(torch.add, STATE, STATE)
     assert type(doubled) is type(STATE)
-    assert type(doubled.layers[0].selfmod.pending[0]) is type(STATE.layers[0].selfmod.pending[0])
+    assert type(doubled.layers[0].selfmod.pending[0][0]) is type(STATE.layers[0].selfmod.pending[0][0])
     assert doubled.position == STATE.position
     assert doubled.layers[0].attention is None
     for mine, theirs in zip(tensors(doubled), tensors(STATE), strict=True):

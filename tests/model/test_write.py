@@ -26,7 +26,7 @@ def closed(w, meta, k, eta, alpha, push, towards_meta):
     k, eta, push = torch.tensor(k)[None], torch.tensor(eta)[None], torch.tensor(push)[None]
     chunk = prepare(k, eta, torch.tensor(alpha)[None].log())
     w, meta = torch.tensor(w)[None], torch.tensor(meta)[None]
-    found = errors(chunk, eta, push, k @ w.mT, k @ meta.mT if towards_meta else None)
+    found = errors(chunk, push, k @ w.mT, k @ meta.mT if towards_meta else None)
     moving = w - meta if towards_meta else w
     new = chunk.end[:, None, None] * moving - found.mT @ chunk.keys
     return (new + meta if towards_meta else new)[0].numpy()
@@ -68,7 +68,7 @@ def test_a_strong_decay_over_a_long_chunk_stays_finite():
         torch.full((1, 512), -4.6, dtype=torch.float64),
     )
     chunk = prepare(k, eta, log_alpha)
-    found = errors(chunk, eta, torch.ones(1, 512, 3).double(), torch.ones(1, 512, 3).double(), None)
+    found = errors(chunk, torch.ones(1, 512, 3).double(), torch.ones(1, 512, 3).double(), None)
     assert found.isfinite().all()
     assert chunk.keys.isfinite().all()
     assert (chunk.to_end <= 1).all()
@@ -83,7 +83,7 @@ def test_gradients_of_the_closed_form():
 
     def write(k, eta, log_alpha, push):
         chunk = prepare(k, eta, log_alpha)
-        return errors(chunk, eta, push, k[..., :2], None).mT @ chunk.keys
+        return errors(chunk, push, k[..., :2], None).mT @ chunk.keys
 
     assert torch.autograd.gradcheck(write, (k, eta, log_alpha, push))
 
@@ -108,6 +108,6 @@ def test_single_precision_keeps_its_digits(dtype):
     expected = loop(w, 0 * w, k, eta, alpha, push)
     single = [torch.tensor(x, dtype=dtype)[None] for x in (k, eta, alpha, push, w)]
     chunk = prepare(single[0], single[1], single[2].log())
-    found = errors(chunk, single[1], single[3], single[0] @ single[4].mT, None)
+    found = errors(chunk, single[3], single[0] @ single[4].mT, None)
     got = chunk.end[:, None, None] * single[4] - found.mT @ chunk.keys
     assert np.linalg.norm(got[0].numpy() - expected) <= 2e-6 * np.linalg.norm(expected)
