@@ -27,20 +27,20 @@ TOKENS_AT_ONCE = 256
 def alone(layer: SelfMod, x: Tensor) -> Tensor:
     """Read x (B, T, d) from a fresh state and write every token: the layer's output (B, T, d).
 
-    A tick that T does not complete is read and not written. Hooks fire as they do in a model.
+    A tick that T does not complete is read and not written. While anybody watches, hooks fire as they do in a model.
     """
     chunks = [chunk for chunk in layer.group_chunks if chunk is not None]
     tick = math.gcd(*chunks) or max(1, x.shape[1])
-    rows = max(1, TOKENS_AT_ONCE // tick) if on_host(x) else max(1, len(x))
+    watched = any(point.active for point in layer.points)
+    rows = max(1, TOKENS_AT_ONCE // tick) if on_host(x) and not watched else max(1, len(x))
     weights = layer.stacked()
-    return torch.cat([_rows(layer, some, tick, weights) for some in x.split(rows)])
+    return torch.cat([_rows(layer, some, tick, weights, watched) for some in torch.split(x, rows)])
 
 
-def _rows(layer: SelfMod, x: Tensor, tick: int, weights: tuple[Weights, ...]) -> Tensor:
+def _rows(layer: SelfMod, x: Tensor, tick: int, weights: tuple[Weights, ...], by_tick: bool) -> Tensor:
     outer, length = torch.is_grad_enabled(), x.shape[1]
     state, outputs = layer.init_state(len(x)), list[Tensor]()
     u, _ = layer.mixed(x, state.conv_tail)
-    by_tick = layer.hook_q.active or layer.hook_out.active
     static = layer.w_q is not None
     asked, since = list[Tensor](), 0
     for start in range(0, length, tick):
@@ -48,12 +48,12 @@ def _rows(layer: SelfMod, x: Tensor, tick: int, weights: tuple[Weights, ...]) ->
         part, fast = u[:, start:end], layer.attached(weights, state, outer)
         if not static or by_tick:
             asked.append(layer.asked(part, fast))
-        made = layer.made(part, state.conv_tail, fast, outer, late=False)
         chunk = layer.group_chunks[-1]
         if by_tick or end == length or (chunk is not None and end % chunk == 0):
             q = torch.cat(asked, 1) if asked else layer.asked(u[:, since:end], fast)
             outputs.append(layer.answered(q, fast))
             asked, since = [], end
+        made = layer.made(part, state.conv_tail, fast, outer, late=False)
         if end - start == tick:
             state = layer.write(weights, state, made, part.new_ones(part.shape[:2]), donated=not outer)
     return torch.cat(outputs, 1) if outputs else x

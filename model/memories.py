@@ -21,9 +21,8 @@ NORM_EPS = 1e-6
 
 def l2norm(x: Tensor) -> Tensor:
     """X / max(|x|, 1e-6) over the last dimension."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(
-        NORM_EPS
-    )  # F.normalize, with less around it
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.clamp_min(NORM_EPS)  # as F.normalize, with less around it
 
 
 def convolved(window: Tensor, kernel: Tensor) -> Tensor:

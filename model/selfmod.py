@@ -66,15 +66,16 @@ class SelfMod(nn.Module):
         self.w_q = nn.Parameter(torch.empty(config.dim, config.dim)) if config.query == "static" else None
         self.eta_bias = nn.Parameter(torch.empty(())) if config.eta_bias is not None else None
         self.alpha_bias = nn.Parameter(torch.empty(())) if config.alpha_bias is not None else None
+        self.points: list[HookPoint] = []  # all of its own
         self._add_hooks(registry, prefix)
 
     def _add_hooks(self, registry: HookRegistry, prefix: str) -> None:
         def point(
             name: str, dims: str, equation: str, cadence: Cadence = "tick", editable: bool = True
         ) -> HookPoint:
-            return registry.add(
-                f"{prefix}.{name}", HookSpec(tuple(dims.split()), cadence, editable, equation)
-            )
+            spec = HookSpec(tuple(dims.split()), cadence, editable, equation)
+            self.points.append(registry.add(f"{prefix}.{name}", spec))
+            return self.points[-1]
 
         norm_v = "v = l2norm(M_v(u))" if self.config.normalise_value else "v = M_v(u)"
         query = "q = l2norm(M_q(u))" if self.w_q is None else "q = l2norm(W_q u)"

@@ -84,8 +84,7 @@ def test_nothing_waits_in_the_middle_and_elsewhere_something_does(subject_of, co
         state = subject.run(tokens[:, : position + 1], lengths.clamp(max=position)).state
         (layer,) = state.layers
         held = [level.grad_hidden.shape[1] + level.grad_delta.shape[1] for level in layer.cms]
-        pending = [one for one in layer.selfmod.pending if one is not None]
-        return bool(state.pending.shape[1]) or bool(pending) or any(held)
+        return bool(state.pending.shape[1]) or any(layer.selfmod.pending) or any(held)
 
     assert not waiting(middle_of(subject))
     assert waiting(8)
