@@ -87,9 +87,13 @@ class CMSPart(Part):
         after = [self.mark(state) for state in states]
         for level in self.levels:
             if any(now[level] != was[level] for now, was in zip(after, before, strict=True)):
-                for name, key in CMS_WEIGHTS.items():
-                    point = f"{self.prefix}.{level}.hook_fast_{name}"
-                    yield point, partial(_weight, self.fast[point], level, key)
+                points = (f"{self.prefix}.{level}.hook_fast_{name}" for name in CMS_WEIGHTS)
+                yield from ((point, self.holds(point)) for point in points)
+
+    def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
+        """The meta weights and what was added to them."""
+        *_, level, name = point.split(".")
+        return partial(_weight, self.fast[point], level, CMS_WEIGHTS[name.removeprefix("hook_fast_")])
 
 
 def _weight(meta: nn.Parameter, level: str, key: str, state: BlockFastState) -> Tensor:

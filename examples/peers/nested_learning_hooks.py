@@ -257,9 +257,17 @@ class HookedPeer(Hooked, nn.Module):
                 allowed = [part.allow({g: opened[g][r] for g in part.gates}) for part in self.parts[i]]
                 _allow(block, set[str]().union(*allowed))
             self._call(read.inputs, rows[r], read.signal)
+            rows[r].calls += 1
+        calls, tick = max(rows[r].calls for r in reads), self.calls.tick
+        whole_tick = any(len(read.losses) == tick for read in reads.values())
         for (i, part), was in zip(every, before, strict=True):
             states = [row.fast.blocks[i] for row in rows]
-            for point, weights in part.written(was, states, opened):
+            shown = dict(part.written(was, states, opened))
+            if whole_tick:
+                shown = {
+                    point: part.holds(point) for point in part.due(calls, tick, self.calls.whole)
+                } | shown
+            for point, weights in shown.items():
                 _fire(self.hook_dict[point], states, weights)
 
     def _call(self, tokens: Tensor, row: Row, signal: Mapping[str, Any]) -> None:
@@ -289,7 +297,7 @@ def _aside(row: Row) -> Row:
         manager = copy.copy(block.level_manager)
         manager.clock = copy.deepcopy(manager.clock)
         blocks.append(dataclasses.replace(block, level_manager=manager))
-    return Row(dataclasses.replace(row.fast, blocks=blocks), row.attention)
+    return Row(dataclasses.replace(row.fast, blocks=blocks), row.attention, row.calls)
 
 
 def _stacked(parts: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:

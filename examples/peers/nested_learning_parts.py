@@ -34,10 +34,11 @@ OF_TOKENS, OF_GATE, OF_WEIGHTS = ("batch", "pos", "d_model"), ("batch", "pos"), 
 
 @dataclass
 class Row:
-    """The state of one row: fast weights of its own, and keys and values where attention carries them."""
+    """The state of one row: fast weights of its own, keys and values where attention carries them, calls so far."""
 
     fast: ModelFastState
     attention: ModelAttentionCache | None = None
+    calls: int = 0
 
 
 class Recorder:
@@ -139,6 +140,18 @@ class Part:
     ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
         """Hook points of fast weights that were written in any row, and where to find them."""
         return iter(())
+
+    def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
+        """Where to find the fast weights of a hook point."""
+        raise KeyError(point)
+
+    def due(self, calls: int, tick: int, whole: bool) -> Iterator[str]:
+        """Hook points whose period ends with this call: shown whatever was written, as rows do not hang together."""
+        periods = self.periods(tick, whole)
+        for point in self.fast:
+            component = point.split(".", 2)[2].rpartition(".")[0]
+            if calls * tick % periods[component] == 0:
+                yield point
 
     def _add_gate(self, registry: HookRegistry, prefix: str, rule: str) -> None:
         name = f"{prefix}.hook_write_gate"

@@ -83,9 +83,12 @@ class SelfModPart(Part):
     ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
         """All memories, in every call that is let through."""
         if any(opening.open for opening in openings[self.gates[0]]):
-            for point in self.fast:
-                *_, memory, name = point.split(".")
-                yield point, partial(_weight, memory, MEMORY_WEIGHTS[name.removeprefix("hook_fast_")])
+            yield from ((point, self.holds(point)) for point in self.fast)
+
+    def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
+        """In the state of the memory."""
+        *_, memory, name = point.split(".")
+        return partial(_weight, memory, MEMORY_WEIGHTS[name.removeprefix("hook_fast_")])
 
 
 def _weight(memory: str, weight: str, state: BlockFastState) -> Tensor:

@@ -13,7 +13,8 @@ What follows from the package's code, none of which is Titans' rule:
   `titans.self_modifier` among the weights.
 - It is written by calls and not by tokens: `titan_level.update_period` counts passes of the block, of which a call has
   two, as it reads before it writes. The first call always writes, `warmup_steps` apart, and then every
-  ceil(update_period / 2)-th. `hook_fast_*` fires in every call that is let through, with what the weights then are.
+  ceil(update_period / 2)-th. `hook_fast_*` fires in every call that is let through, with what the weights then are,
+  and where a period ends.
 - The surprise gate asks the call, and with the metric `l2` each token too: those under the threshold are left out of a
   write's mean, and `titans.hook_write_gate` shows that. A hook may close the gate of a call or open it for all tokens.
   Where clipped signals leave every token of an open call out (`per_layer_teach_signal` with `teach_clip` under the
@@ -108,8 +109,11 @@ class TitanPart(Part):
     ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
         """Both matrices, in every call that is let through."""
         if any(opening.open for opening in openings[self.gates[0]]):
-            for point, meta in self.fast.items():
-                yield point, partial(_weight, meta, TITAN_WEIGHTS[point.rpartition("_")[2]])
+            yield from ((point, self.holds(point)) for point in self.fast)
+
+    def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
+        """The meta weights and what was added to them."""
+        return partial(_weight, self.fast[point], TITAN_WEIGHTS[point.rpartition("_")[2]])
 
 
 def _weight(meta: nn.Parameter, key: str, state: BlockFastState) -> Tensor:

@@ -24,7 +24,7 @@ from .one_batch import Ran, Worker, can_be_run_again, never_fired, not_in_force,
 from .workers import replicas, side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from hopeprobe.conditions import Condition
     from hopeprobe.probes.base import Probe
@@ -215,7 +215,7 @@ def _silence(
     subject: Subject,
     condition: Condition,
     worker: Worker,
-    left: Iterable[str],
+    left: Sequence[str],
     all_seen: Sequence[_Seen],
 ) -> dict[str, str]:
     """Of probes that are left, why they have measured nothing: a point that never fired, a condition not in force."""

@@ -121,7 +121,7 @@ def test_a_state_is_continued_and_left_as_it_is(tokens):
 
 
 def test_frozen_by_mechanism(tokens):
-    """Every gate closed: nothing moves, nothing fires. One mechanism closed: only the other moves."""
+    """Every gate closed: nothing moves, and that is shown. One mechanism closed: only the other moves."""
     import torch
 
     subject = make()
@@ -129,11 +129,13 @@ def test_frozen_by_mechanism(tokens):
     fast = [name for name in subject.module.hook_dict if ".hook_fast_" in name]
     with (
         subject.module.hooks(subject.freeze_hooks()),
-        subject.module.caching(fast, allow_unfired=True) as cache,
+        subject.module.caching(fast) as cache,
     ):
         out = subject.run(tokens)
     assert_same(out.state[0], start)
-    assert not set(cache)
+    for name, meta in subject.meta_weights().items():
+        writes = 40 // subject.write_periods()[name.split(".", 2)[2].rpartition(".")[0]]
+        assert torch.equal(cache[name], meta.expand(3, writes, *meta.shape)), name
     with torch.no_grad():
         alone = torch.cat([subject.module.peer(tokens[:, t : t + 8]) for t in range(0, 40, 8)], dim=1)
     plain = torch.nn.functional.cross_entropy(alone.mT, tokens[:, 1:], reduction="none")
