@@ -21,9 +21,9 @@ In `hope_selfmod`, `hope_attention` and `hope_hybrid` alike. What follows from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nested_learning_parts import OF_TOKENS, Opening, Part, Recorder
 from torch import Tensor, nn
@@ -72,23 +72,6 @@ class CMSPart(Part):
     def allow(self, openings: Mapping[str, Opening]) -> set[str]:
         """Levels by name."""
         return {level for level in self.levels if openings[f"{self.prefix}.{level}.hook_write_gate"].open}
-
-    def mark(self, state: BlockFastState) -> dict[str, int]:
-        """How often each level was written."""
-        return {level: found.updates for level, found in state.level_manager.clock.stats().items()}
-
-    def written(
-        self,
-        before: Sequence[Any],
-        states: Sequence[BlockFastState],
-        openings: Mapping[str, Sequence[Opening]],
-    ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
-        """Levels whose period was full in any row."""
-        after = [self.mark(state) for state in states]
-        for level in self.levels:
-            if any(now[level] != was[level] for now, was in zip(after, before, strict=True)):
-                points = (f"{self.prefix}.{level}.hook_fast_{name}" for name in CMS_WEIGHTS)
-                yield from ((point, self.holds(point)) for point in points)
 
     def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
         """The meta weights and what was added to them."""

@@ -251,24 +251,17 @@ class HookedPeer(Hooked, nn.Module):
         every = [(i, part) for i, parts in enumerate(self.parts) for part in parts]
         if not every:
             return
-        before = [[part.mark(row.fast.blocks[i]) for row in rows] for i, part in every]
         for r, read in reads.items():
             for i, block in enumerate(self.peer.blocks):
                 allowed = [part.allow({g: opened[g][r] for g in part.gates}) for part in self.parts[i]]
                 _allow(block, set[str]().union(*allowed))
             self._call(read.inputs, rows[r], read.signal)
-            rows[r].calls += 1
-        calls, tick = max(rows[r].calls for r in reads), self.calls.tick
-        whole_tick = any(len(read.losses) == tick for read in reads.values())
-        for (i, part), was in zip(every, before, strict=True):
+            rows[r].tokens += len(read.losses)
+        tokens = max(rows[r].tokens for r in reads)
+        for i, part in every:
             states = [row.fast.blocks[i] for row in rows]
-            shown = dict(part.written(was, states, opened))
-            if whole_tick:
-                shown = {
-                    point: part.holds(point) for point in part.due(calls, tick, self.calls.whole)
-                } | shown
-            for point, weights in shown.items():
-                _fire(self.hook_dict[point], states, weights)
+            for point in part.due(tokens, self.calls.tick, self.calls.whole):
+                _fire(self.hook_dict[point], states, part.holds(point))
 
     def _call(self, tokens: Tensor, row: Row, signal: Mapping[str, Any]) -> None:
         """The package's update pass of one row, with its gate decided: this surprise passes any threshold."""
@@ -297,7 +290,7 @@ def _aside(row: Row) -> Row:
         manager = copy.copy(block.level_manager)
         manager.clock = copy.deepcopy(manager.clock)
         blocks.append(dataclasses.replace(block, level_manager=manager))
-    return Row(dataclasses.replace(row.fast, blocks=blocks), row.attention, row.calls)
+    return Row(dataclasses.replace(row.fast, blocks=blocks), row.attention, row.tokens)
 
 
 def _stacked(parts: Mapping[int, Tensor], shape: Sequence[int]) -> Tensor:

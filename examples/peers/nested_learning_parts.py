@@ -34,11 +34,11 @@ OF_TOKENS, OF_GATE, OF_WEIGHTS = ("batch", "pos", "d_model"), ("batch", "pos"), 
 
 @dataclass
 class Row:
-    """The state of one row: fast weights of its own, keys and values where attention carries them, calls so far."""
+    """The state of one row: fast weights of its own, keys and values where attention carries them, tokens read."""
 
     fast: ModelFastState
     attention: ModelAttentionCache | None = None
-    calls: int = 0
+    tokens: int = 0
 
 
 class Recorder:
@@ -128,30 +128,19 @@ class Part:
     def release(self) -> None:
         """Leave the block as the package made it."""
 
-    def mark(self, state: BlockFastState) -> Any:
-        """What `written` compares with, before the write."""
-        return None
-
-    def written(
-        self,
-        before: Sequence[Any],
-        states: Sequence[BlockFastState],
-        openings: Mapping[str, Sequence[Opening]],
-    ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
-        """Hook points of fast weights that were written in any row, and where to find them."""
-        return iter(())
-
     def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
         """Where to find the fast weights of a hook point."""
         raise KeyError(point)
 
-    def due(self, calls: int, tick: int, whole: bool) -> Iterator[str]:
-        """Hook points whose period ends with this call: shown whatever was written, as rows do not hang together."""
+    def due(self, read: int, tick: int, whole: bool) -> list[str]:
+        """Hook points whose period ends with `read` tokens: shown there whatever was written, and nowhere else.
+
+        So what is shown of a row does not hang on the rows beside it.
+        """
         periods = self.periods(tick, whole)
-        for point in self.fast:
-            component = point.split(".", 2)[2].rpartition(".")[0]
-            if calls * tick % periods[component] == 0:
-                yield point
+        return [
+            point for point in self.fast if read % periods[point.split(".", 2)[2].rpartition(".")[0]] == 0
+        ]
 
     def _add_gate(self, registry: HookRegistry, prefix: str, rule: str) -> None:
         name = f"{prefix}.hook_write_gate"

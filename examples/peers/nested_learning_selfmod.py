@@ -14,9 +14,9 @@ What follows from the package's code:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nested_learning_parts import OF_TOKENS, Opening, Part, Recorder, record_mixed
 from torch import Tensor, nn
@@ -74,16 +74,6 @@ class SelfModPart(Part):
     def release(self) -> None:
         """Switch it on."""
         self.block.config.selfmod_online_updates = True
-
-    def written(
-        self,
-        before: Sequence[Any],
-        states: Sequence[BlockFastState],
-        openings: Mapping[str, Sequence[Opening]],
-    ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
-        """All memories, in every call that is let through."""
-        if any(opening.open for opening in openings[self.gates[0]]):
-            yield from ((point, self.holds(point)) for point in self.fast)
 
     def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
         """In the state of the memory."""

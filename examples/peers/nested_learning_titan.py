@@ -13,8 +13,7 @@ What follows from the package's code, none of which is Titans' rule:
   `titans.self_modifier` among the weights.
 - It is written by calls and not by tokens: `titan_level.update_period` counts passes of the block, of which a call has
   two, as it reads before it writes. The first call always writes, `warmup_steps` apart, and then every
-  ceil(update_period / 2)-th. `hook_fast_*` fires in every call that is let through, with what the weights then are,
-  and where a period ends.
+  ceil(update_period / 2)-th. `hook_fast_*` fires where a period ends, with what the weights then are.
 - The surprise gate asks the call, and with the metric `l2` each token too: those under the threshold are left out of a
   write's mean, and `titans.hook_write_gate` shows that. A hook may close the gate of a call or open it for all tokens.
   Where clipped signals leave every token of an open call out (`per_layer_teach_signal` with `teach_clip` under the
@@ -26,9 +25,9 @@ What follows from the package's code, none of which is Titans' rule:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nested_learning_parts import OF_TOKENS, Opening, Part, Recorder
 from torch import Tensor, nn
@@ -100,16 +99,6 @@ class TitanPart(Part):
     def release(self) -> None:
         """The model's own threshold."""
         self.block.surprise_threshold = self.threshold
-
-    def written(
-        self,
-        before: Sequence[Any],
-        states: Sequence[BlockFastState],
-        openings: Mapping[str, Sequence[Opening]],
-    ) -> Iterator[tuple[str, Callable[[BlockFastState], Tensor]]]:
-        """Both matrices, in every call that is let through."""
-        if any(opening.open for opening in openings[self.gates[0]]):
-            yield from ((point, self.holds(point)) for point in self.fast)
 
     def holds(self, point: str) -> Callable[[BlockFastState], Tensor]:
         """The meta weights and what was added to them."""

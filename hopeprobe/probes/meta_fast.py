@@ -30,11 +30,11 @@ Fast weights are shown rounded to their number format: drift under its resolutio
 
 Nulls: own-init and fresh-init; for output_divergence and logit_kl on samples as `sample.py` says.
 
-Verdicts. Of a memory, or of what it is part of: `diverged` where fast weights are not finite, or the interval of
-norm_ratio lies above 2; `collapsed` where it lies below 0.5: decay towards zero gives a drift of 1, which says that
-nothing is left, not that anything was learned; `no-signal` where the drift is 0 at every position, never written, and
-for outputs that are those of meta weights.
-Only then the rule. Windows of different text with one and the same fast weights are an error, and no measurement.
+Verdicts. Of a memory, or of what it is part of: `diverged` where fast weights, or losses up to there, are not finite,
+or the interval of norm_ratio lies above 2; `collapsed` where it lies below 0.5: decay towards zero gives a drift of 1,
+which says that nothing is left, not that anything was learned; `no-signal` where the drift is 0 at every position,
+never written, and for outputs that are those of meta weights. Only then the rule. Windows of which different text was
+written, with one and the same fast weights, are an error, and no measurement.
 
 Reading. Drift beside norm ratio: a drift of 1 with a ratio of 0 is a memory that is gone, one with a ratio near 1 is
 one that turned. `decay_part` and `write_part` say which of the two did it, `logit_kl` whether any of it reaches the
@@ -61,7 +61,7 @@ from hopeprobe.stats import Verdict
 from hopeprobe.subject import MissingCapability
 
 from .base import Accumulator, Finding, Measurement, Place, Probe, value_without_tokens
-from .meta_fast_memories import GATE, memories_of, positions_of, reducers_of
+from .meta_fast_memories import memories_of, positions_of, reducers_of
 from .meta_fast_moments import DECAY, PARTS, RATIOS, FastMoments
 from .meta_fast_outputs import KINDS, read_outputs
 from .sample import findings, sampled
@@ -100,9 +100,10 @@ class MetaFast(Probe):
         return None
 
     def hooks(self, subject: Subject) -> list[str]:
-        """Retention of every layer, and its write gate."""
-        mechanisms = dict.fromkeys(memory.mechanism for memory in memories_of(subject) if memory.mechanism)
-        return [f"{mechanism}.{hook}" for mechanism in mechanisms for hook in ("hook_alpha", GATE)]
+        """Retention of every layer, and every write gate."""
+        memories = memories_of(subject)
+        alphas = (f"{memory.mechanism}.hook_alpha" for memory in memories if memory.mechanism)
+        return list(dict.fromkeys([*alphas, *(memory.gate for memory in memories if memory.gate)]))
 
     def reducers(self, subject: Subject) -> Mapping[str, Callable[[Tensor], Tensor]]:
         """Fast weights of every memory and level."""
@@ -167,7 +168,10 @@ def _verdict(rows: Sequence[Measurement], resolution: float) -> tuple[Verdict, s
     """What the rule has not to decide, of all rows of one memory, and why."""
     for row in rows:
         if row.override is Verdict.DIVERGED:
-            return Verdict.DIVERGED, f"fast weights are not finite after {row.place.position} tokens"
+            return (
+                Verdict.DIVERGED,
+                f"fast weights, or losses, are not finite after {row.place.position} tokens",
+            )
     sizes = {row.place.position: row.estimate for row in rows if row.place.statistic == "norm_ratio"}
     for position, size in sizes.items():
         if size.ci_low > MOST:

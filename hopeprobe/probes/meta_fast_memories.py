@@ -38,6 +38,7 @@ class Memory:
         target: what it decays towards, "init" for the meta weights or "zero"; "" for one that does not decay, None
             where the model does not say.
         mechanism: what shows its retention and its gate ("blocks.0.selfmod"), "" for nothing.
+        gate: the hook point of its write gate, "" where the model shows none.
 
     """
 
@@ -46,6 +47,7 @@ class Memory:
     metas: Mapping[str, Tensor]
     target: str | None
     mechanism: str
+    gate: str
 
     @property
     def key(self) -> str:
@@ -92,7 +94,8 @@ def memories_of(subject: Subject) -> list[Memory]:
         if target not in ("init", "zero", "", None):
             raise MeasurementError(f"{component} is said to decay towards {target!r}, not 'init' or 'zero'")
         shown = mechanism if f"{mechanism}.{GATE}" in points else ""
-        memories.append(Memory(layer, component, metas, target, shown))
+        gate = next((f"{one}.{GATE}" for one in above if f"{one}.{GATE}" in points), "")
+        memories.append(Memory(layer, component, metas, target, shown, gate))
     return memories
 
 

@@ -115,7 +115,9 @@ class FastMoments(Accumulator):
                     )
                     for name, column in found.items():
                         values[rows, j, i, COLUMNS.index(name)] = column
-                    _check_own(memory, found, batch.tokens[rows, :position])
+                    _check_own(
+                        memory, found, _text_written(cache, memory, batch.tokens[rows], rows, position)
+                    )
         self._of("fast", values.shape[1:]).update(values, batch.group)
         if kept:
             self._of("retention", (len(self.positions), len(kept))).update(
@@ -224,8 +226,10 @@ class FastMoments(Accumulator):
             missing = "the model does not say what its fast weights decay towards"
         elif any(memory.target for memory in self.memories):
             missing = "the model does not show both retention and write gate"
-            if self.mechanisms:
+            if splitting := [i for i, memory in enumerate(self.memories) if _splits(memory)]:
                 missing = "no window is finite where all is written"
+                if not any(self.squared[i] for i in splitting):
+                    missing = "all meta weights are zero: nothing is a share of that"
         found = {row.place.statistic for row in rows}
         return rows + [self._nothing(Place(name), missing) for name in (*PARTS, *DECAY) if name not in found]
 
@@ -287,10 +291,22 @@ def _shown(cache: Readings, memory: Memory, due: Sequence[int]) -> FloatArray:
     return total
 
 
+def _text_written(
+    cache: Readings, memory: Memory, tokens: IntArray, rows: BoolArray, position: int
+) -> IntArray:
+    """Tokens [R, position + 1] that writes can hang on, up to the last open gate and its target; −1 behind."""
+    open_at = np.ones((len(tokens), position), dtype=bool)
+    if memory.gate in cache:
+        open_at = as_float64(cache[memory.gate])[rows, :position] != 0
+    last = np.where(open_at.any(axis=1), position - 1 - np.argmax(open_at[:, ::-1], axis=1), -2)
+    return np.where(np.arange(position + 1) <= last[:, None] + 1, tokens[:, : position + 1], -1)
+
+
 def _check_own(memory: Memory, found: Mapping[str, FloatArray], tokens: IntArray) -> None:
     """Raise MeasurementError where windows of different text have one and the same written fast weights.
 
-    Equal to the last bit, and not by decay alone, which may do the same to every window.
+    Equal to the last bit, and not by decay alone, which may do the same to every window. tokens: those that were
+    written; windows may begin alike and be written nowhere else.
     """
     written = found.get("write_part", found["relative_drift"] if memory.target == "" else None)
     if written is None or len(tokens) < 2 or not (tokens != tokens[0]).any():

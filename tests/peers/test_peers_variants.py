@@ -188,6 +188,34 @@ def test_closed_gates_freeze_the_package(tokens, variant, mechanisms, threshold)
     } == everything
 
 
+@pytest.mark.parametrize("variant", ["hope_hybrid", "hope_attention"])
+def test_when_weights_are_shown_does_not_hang_on_the_rows_beside(tokens, variant):
+    import torch
+
+    subject = make(model={**of_variant(variant), "titan_level": {"name": "t", "update_period": 4}})
+    fast = [name for name in subject.module.hook_dict if ".hook_fast_" in name]
+
+    def shown(rows, opened):
+        seen, read = {}, [0]
+
+        def count(t, hook):
+            read[0] += t.shape[1]
+
+        def gate(t, hook):
+            return torch.ones_like(t) * t.new_tensor(opened)[:, None]
+
+        hooks = [("hook_surprise", count), ("*.hook_write_gate", gate)]
+        hooks.append((fast, lambda t, hook: seen.setdefault(hook.name, []).append(read[0])))
+        with subject.module.hooks(hooks):
+            subject.run(rows)
+        return seen
+
+    alone, beside = shown(tokens[:1], [0.0]), shown(tokens[:2], [0.0, 1.0])
+    periods = {name: subject.write_periods()[name.split(".", 2)[2].rpartition(".")[0]] for name in fast}
+    assert alone == beside == {name: list(range(period, 41, period)) for name, period in periods.items()}
+    assert len(set(periods.values())) == 2
+
+
 def held(variant, tokens, **model):
     """Largest difference between what points show after the last write and what the package holds then."""
     import torch
@@ -233,24 +261,22 @@ def test_weights_from_before_the_write_are_seen(tokens, monkeypatch, module, nam
     import copy
     import importlib
 
-    class Marked(dict):
-        state = None
+    from nested_learning_hooks import HookedPeer
 
     kind = getattr(importlib.import_module(module), name)
-    mark, written = kind.mark, kind.written
+    holds, call, was = kind.holds, HookedPeer._call, {}
 
-    def both(self, state):
-        marked = Marked(mark(self, state) or {})
-        marked.state = copy.deepcopy(state)
-        return marked
+    def marking(self, inputs, row, signal):
+        before = copy.deepcopy(row.fast.blocks)
+        call(self, inputs, row, signal)
+        was.update({id(now): then for now, then in zip(row.fast.blocks, before, strict=True)})
 
-    def late(self, before, states, openings):
-        was = {id(now): then.state for now, then in zip(states, before, strict=True)}
-        for point, weights in written(self, before, states, openings):
-            yield point, lambda state, weights=weights: weights(was[id(state)])
+    def late(self, point):
+        weights = holds(self, point)
+        return lambda state: weights(was[id(state)])
 
-    monkeypatch.setattr(kind, "mark", both)
-    monkeypatch.setattr(kind, "written", late)
+    monkeypatch.setattr(HookedPeer, "_call", marking)
+    monkeypatch.setattr(kind, "holds", late)
     assert held("hope_hybrid", tokens) > 1e-4
 
 

@@ -19,7 +19,7 @@ from hopeprobe.model.subject import HopeSubject
 from hopeprobe.probes import get_probe
 from hopeprobe.probes.base import Place
 from hopeprobe.probes.meta_fast_memories import MOST_POSITIONS, memories_of, positions_of, products
-from hopeprobe.probes.meta_fast_moments import ratios
+from hopeprobe.probes.meta_fast_moments import _text_written, ratios
 from hopeprobe.probes.passes import run_pass
 from hopeprobe.subject import Subject
 from hopeprobe.tokens import EvalWindows, TokenData
@@ -424,6 +424,47 @@ def test_fast_weights_shared_by_a_batch_are_no_measurement():
     assert found[place("write_part")] < 1e-6
     twins = TokenData.from_documents([np.arange(41) % VOCAB] * 40, name="x", vocab_size=VOCAB, end_of_text=0)
     assert accumulated(make(), windows_of(twins)).moments, "one text gives one state"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_windows_that_begin_alike_and_are_written_nowhere_else_are_alike(batch):
+    """Their fast weights rightly agree to the last bit, whatever text comes behind the last open gate."""
+    head = np.random.default_rng(0).integers(0, VOCAB, 9)
+    documents = [np.concatenate([head, np.random.default_rng(i).integers(0, VOCAB, 32)]) for i in range(1, 5)]
+
+    seen = {}
+
+    def only_the_first_tick(gate, hook):
+        opened = seen.get(hook.name, 0) % 5 == 0  # 40 tokens, 5 ticks
+        seen[hook.name] = seen.get(hook.name, 0) + 1
+        return gate * float(opened)
+
+    subject = edited()  # of which there is no replica, on which this hook would not be
+    subject.module.add_hook("blocks.*.hook_write_gate", only_the_first_tick)
+    data = TokenData.from_documents(documents, name="x", vocab_size=VOCAB, end_of_text=0)
+    found = values_of(accumulated(subject, windows_of(data, batch)))
+    assert found[place("relative_drift")] > 1e-6
+    assert found[place("relative_drift", "cms.slow")] > 1e-6
+
+
+def test_text_that_was_written_counts_up_to_its_target():
+    """What is written of a token hangs on the next one too: windows that differ there alone must not be alike."""
+    tokens = np.arange(33)[None].repeat(2, axis=0)
+    memory = memories_of(make())[0]
+    for last, differs_at, different in (
+        (8, 9, True),
+        (8, 8, True),
+        (8, 10, False),
+        (31, 32, True),
+        (None, 0, False),
+    ):
+        gate = torch.zeros(2, 32)
+        if last is not None:
+            gate[:, last] = 1.0
+        text = tokens.copy()
+        text[1, differs_at] = 36
+        seen = _text_written({memory.gate: gate}, memory, text, np.array([True, True]), 32)
+        assert (seen[0] != seen[1]).any() == different, (last, differs_at)
 
 
 def test_gates_that_never_open_write_nothing_and_that_is_no_signal(tmp_path):
