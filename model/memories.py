@@ -31,7 +31,7 @@ def convolved(window: Tensor, kernel: Tensor) -> Tensor:
     n = window.shape[1] - width + 1
     out = window[:, width - 1 :] * kernel[:, -1]
     for i in range(width - 1):
-        out = torch.addcmul(out, window[:, i : i + n], kernel[:, i])
+        out.addcmul_(window[:, i : i + n], kernel[:, i])
     return out
 
 
