@@ -96,15 +96,15 @@ class FastMoments(Accumulator):
         """Add one batch: reduced fast weights [R, firings, 3], `hook_alpha` and `hook_write_gate` [R, T].
 
         Raises MeasurementError for a retention that is none, matrices of one memory that were not shown at every
-        position, and windows of different text that have the same fast weights.
+        position, and windows of which different text was written that have the same fast weights.
         """
         mask, shape = as_bool(scored), (len(batch.lengths), len(self.positions))
         broken = np.cumsum(mask & ~np.isfinite(as_float64(losses)), axis=1) > 0
         reached = batch.lengths[:, None] >= np.array(self.positions)
         kept = {name: self._retention(cache, name, mask, reached, batch) for name in self.mechanisms}
         values = np.full((*shape, len(self.memories), len(COLUMNS)), np.nan)
+        due = [position for j, position in enumerate(self.positions) if reached[:, j].any()]
         for i, memory in enumerate(self.memories):
-            due = [position for j, position in enumerate(self.positions) if reached[:, j].any()]
             sums = _shown(cache, memory, due)
             for j, position in enumerate(due):
                 rows = reached[:, j]
@@ -190,7 +190,7 @@ class FastMoments(Accumulator):
         return [j for j in range(len(self.positions)) if any(_counts(windows, j, i).values())]
 
     def remarks(self) -> Mapping[Place, tuple[Verdict | None, str]]:
-        """`diverged` where fast weights are not finite; that nothing decays."""
+        """`diverged` where fast weights, or losses so far, are not finite; that nothing decays."""
         found: dict[Place, tuple[Verdict | None, str]] = {}
         if "fast" not in self.moments:
             return found
